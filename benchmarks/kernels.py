@@ -1,0 +1,183 @@
+"""How near each kernel comes to the memory bandwidth of this GPU, which the same run measures first.
+
+    PYTHONPATH=src python -P benchmarks/kernels.py [--quick]
+
+Times are those of CUDA graphs that hold one call for each layer or part of the memory, over more bytes than the L2
+cache holds where the case allows it; the median of several replays. "share" is of the copy bandwidth for what reads and
+writes, of the read bandwidth for attention. Bytes count K and V once, however often a kernel reads them.
+"""
+
+import argparse
+import ctypes
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from baton.kernels import build
+from baton.kernels.block_copy import gather_blocks, scatter_blocks
+from baton.kernels.paged_attention import paged_decode_attention
+from baton.kernels.write_kv import write_kv
+
+GIB = 1 << 30
+LAYERS, KV_HEADS, BLOCK_TOKENS, HEAD_SIZE = 32, 8, 16, 128  # Llama 3 8B; 32 query heads
+POOL_TOKENS = 262_144  # 32 GiB
+REPLAYS = 7
+
+
+def seconds(work: Callable[[], None]) -> float:
+    """Median time of one replay of a graph of this work."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()  # warm: first launches load code
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    graph.replay()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+class Table:
+    """Rows of one benchmark each, printed as they come."""
+
+    def __init__(self) -> None:
+        print(f"{'kernel':<24}{'case':<34}{'us a call':>11}{'GB/s':>9}  share")
+
+    def row(self, kernel: str, case: str, *, calls: int, moved: int, total_s: float, peak: float | None) -> float:
+        """Print one row; `moved` bytes and `total_s` are of all calls together. Returns bytes per second."""
+        rate = moved / total_s
+        share = "" if peak is None else f"{rate / peak:6.1%}"
+        print(f"{kernel:<24}{case:<34}{total_s / calls * 1e6:>11.1f}{rate / 1e9:>9.0f} {share}", flush=True)
+        return rate
+
+
+def probe(table: Table, folder: Path) -> tuple[float, float]:
+    """Bytes per second of a plain copy (read and written) and of plain reads."""
+    nvcc = build.find_nvcc()
+    assert nvcc is not None, "nvcc is missing"
+    library_path = folder / "bandwidth.so"
+    arch = build.architecture(torch.cuda.get_device_capability())
+    build.run_nvcc(nvcc, arch, [Path(__file__).with_name("bandwidth.cu")], library_path)
+    library = ctypes.CDLL(str(library_path))
+    size = 4 * GIB
+    source, target = (torch.empty(size, dtype=torch.uint8, device="cuda").random_() for _ in range(2))
+    blocks = torch.cuda.get_device_properties(0).multi_processor_count * 2
+
+    def copy() -> None:
+        pointers = (ctypes.c_void_p(source.data_ptr()), ctypes.c_void_p(target.data_ptr()))
+        code = library.copy_memory(*pointers, ctypes.c_int64(size), ctypes.c_void_p(build.stream(source.device)))
+        assert code == 0, code
+
+    def read() -> None:
+        pointers = (ctypes.c_void_p(source.data_ptr()), ctypes.c_void_p(target.data_ptr()))
+        stream = ctypes.c_void_p(build.stream(source.device))
+        code = library.read_memory(*pointers, ctypes.c_int64(size // 16), blocks, stream)
+        assert code == 0, code
+
+    copied = table.row("cudaMemcpy", "4 GiB, read + written", calls=1, moved=2 * size, total_s=seconds(copy), peak=None)
+    was_read = table.row("plain reads", "4 GiB", calls=1, moved=size, total_s=seconds(read), peak=None)
+    return copied, was_read
+
+
+def bench_block_copy(table: Table, pool: Tensor, peak: float) -> None:
+    """Blocks of an 8B model (2 MiB), and of the small model's size, in and out of one run of bytes."""
+    total = 2 * GIB
+    flat = pool.view(torch.uint8).view(-1)
+    for size, name in ((2 << 20, "2 MiB"), (48 << 10, "48 KiB")):
+        blocks = flat[: flat.numel() // size * size].view(-1, size)
+        for count in (8, 64, total // size // 2):
+            calls = max(1, total // (count * size))
+            order = torch.randperm(len(blocks), device=pool.device).to(torch.int32)
+            parts = [order[i * count : (i + 1) * count] for i in range(calls)]
+            run = torch.empty(calls * count, size, dtype=torch.uint8, device=pool.device)
+            runs = [run[i * count : (i + 1) * count] for i in range(calls)]
+            for op in (gather_blocks, scatter_blocks):
+
+                def work(op: Callable[[Tensor, Tensor, Tensor], None] = op) -> None:
+                    for ids, packed in zip(parts, runs, strict=True):  # noqa: B023 (called in this round only)
+                        op(blocks, ids, packed)  # noqa: B023
+
+                moved = 2 * calls * count * size
+                table.row(
+                    op.__name__, f"{count} blocks of {name}", calls=calls, moved=moved, total_s=seconds(work), peak=peak
+                )
+
+
+def bench_write_kv(table: Table, pool: Tensor, peak: float) -> None:
+    for tokens in (64, 2048, 8192):
+        qkv = torch.randn(tokens, 48, HEAD_SIZE, device=pool.device).to(pool.dtype)
+        k, v = qkv[:, 32:40], qkv[:, 40:]
+        slots = torch.randperm(POOL_TOKENS, device=pool.device)[:tokens]
+
+        def work() -> None:
+            for layer in range(LAYERS):
+                write_kv(k, v, pool, layer, slots)  # noqa: B023
+
+        moved = LAYERS * 4 * tokens * KV_HEADS * HEAD_SIZE * pool.element_size()
+        table.row("write_kv", f"{tokens} tokens", calls=LAYERS, moved=moved, total_s=seconds(work), peak=peak)
+
+
+def bench_attention(table: Table, pool: Tensor, peak: float, quick: bool) -> None:
+    """Decode attention, 32 query heads on 8, shuffled blocks of 16, a call for each of 32 layers."""
+    cases = [(1, 1024), (16, 1024), (64, 1024), (256, 1024), (1, 4096), (16, 4096), (64, 4096), (1, 16384), (16, 16384)]
+    for sequences, context in cases[:4] if quick else cases:
+        per_sequence = context // BLOCK_TOKENS
+        order = torch.randperm(len(pool), device=pool.device)[: sequences * per_sequence]
+        tables = order.view(sequences, per_sequence).to(torch.int32).contiguous()
+        lens = torch.full((sequences,), context, dtype=torch.int32, device=pool.device)
+        q = torch.randn(sequences, 32, HEAD_SIZE, device=pool.device).to(pool.dtype)
+        out = torch.empty_like(q)
+
+        def work() -> None:
+            for layer in range(LAYERS):
+                paged_decode_attention(q, pool, layer, tables, lens, HEAD_SIZE**-0.5, None, out)  # noqa: B023
+
+        moved = LAYERS * sequences * context * 2 * KV_HEADS * HEAD_SIZE * pool.element_size()
+        total = seconds(work)
+        table.row(
+            "paged_decode_attention", f"{sequences} x {context}", calls=LAYERS, moved=moved, total_s=total, peak=peak
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer cases of attention")
+    quick = parser.parse_args().quick
+    if not torch.cuda.is_available():
+        print("no NVIDIA GPU here: nothing to measure")
+        return 0
+    if build.cuda_library(torch.device("cuda", torch.cuda.current_device())) is None:
+        print("no CUDA kernels: nvcc is missing", file=sys.stderr)
+        return 1
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    table = Table()
+    with tempfile.TemporaryDirectory() as folder:
+        copied, was_read = probe(table, Path(folder))
+    torch.cuda.empty_cache()
+    num_blocks = POOL_TOKENS // BLOCK_TOKENS
+    shape = (num_blocks, LAYERS, 2, KV_HEADS, BLOCK_TOKENS, HEAD_SIZE)
+    pool = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+    for start in range(0, num_blocks, 1024):
+        pool[start : start + 1024].normal_()
+    bench_attention(table, pool, was_read, quick)
+    bench_write_kv(table, pool, copied)
+    bench_block_copy(table, pool, copied)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

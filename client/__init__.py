@@ -1,0 +1,45 @@
+"""Baton's Python client: `InferenceClient` for threads, `AsyncInferenceClient` for asyncio.
+
+    with InferenceClient("127.0.0.1:50051") as client:
+        print(client.generate("A dictionary maps", sampling=Sampling(max_tokens=32)).text)
+        for message in client.stream("The with statement"):
+            print(message.text, end="")
+
+Errors are the classes of `baton.core.errors`, and `ServerFault` for a defect of the server.
+"""
+
+from .aio import AsyncInferenceClient
+from .errors import ServerFault
+from .results import (
+    Answer,
+    ChatMessage,
+    Explanation,
+    Generation,
+    Message,
+    ModelInfo,
+    Output,
+    Prompt,
+    Sampling,
+    TokenLogprobs,
+    Usage,
+)
+from .retry import Retry
+from .sync import InferenceClient
+
+__all__ = [
+    "Answer",
+    "AsyncInferenceClient",
+    "ChatMessage",
+    "Explanation",
+    "Generation",
+    "InferenceClient",
+    "Message",
+    "ModelInfo",
+    "Output",
+    "Prompt",
+    "Retry",
+    "Sampling",
+    "ServerFault",
+    "TokenLogprobs",
+    "Usage",
+]

@@ -1,0 +1,41 @@
+"""gRPC statuses as the errors of `core/errors.py`: a caller catches classes and never looks at codes."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import grpc
+
+from ..core import errors
+from ..core.errors import BatonError
+
+
+class ServerFault(BatonError):
+    """The server failed in a way it should not; its log says more."""
+
+
+_BY_STATUS: dict[grpc.StatusCode, type[BatonError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
+    grpc.StatusCode.OUT_OF_RANGE: errors.ContextExceeded,
+    grpc.StatusCode.NOT_FOUND: errors.UnknownModel,
+    grpc.StatusCode.ALREADY_EXISTS: errors.RequestConflict,
+    grpc.StatusCode.UNAUTHENTICATED: errors.NotAuthenticated,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
+    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: errors.Cancelled,
+    grpc.StatusCode.DATA_LOSS: errors.CorruptPiece,
+    grpc.StatusCode.FAILED_PRECONDITION: errors.ConfigError,
+}
+STREAM_BROKE = "The stream ended before its last message."
+
+
+_ERROR_KEY = "baton-error"  # trailing metadata: the error's name in core/errors.py
+
+
+def from_status(code: grpc.StatusCode, details: str | None, trailing: Iterable[Any] | None) -> BatonError:
+    """The error that the server named in its trailing metadata (key and value pairs), else the status's own."""
+    text = details or code.name
+    named = next((str(value) for key, value in trailing or () if key == _ERROR_KEY), "")
+    if named:
+        return errors.from_code(named, text)
+    return _BY_STATUS.get(code, ServerFault)(text)

@@ -1,0 +1,179 @@
+"""The client for threads."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+
+from ..core.errors import BatonError, DeadlineExceeded, Unavailable
+from ..v1 import inference_pb2 as pb
+from ..v1 import inference_pb2_grpc as rpc
+from . import codec
+from .channel import DEFAULT_ADDRESS, OPTIONS, credentials, metadata
+from .errors import STREAM_BROKE, from_status
+from .results import ChatMessage, Collector, Explanation, Generation, Message, ModelInfo, Prompt, Sampling
+from .retry import Retry, StreamProgress
+
+T = TypeVar("T")
+
+
+class InferenceClient:
+    """Calls a router. Safe to share between threads. Every call ends within `timeout_s` seconds, retries included."""
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        api_key: str | None = None,
+        tls_ca: bytes | None = None,
+        timeout_s: float = 600.0,
+        retry: Retry | None = None,
+    ) -> None:
+        secure = credentials(tls_ca)
+        self._channel = (
+            grpc.secure_channel(address, secure, options=OPTIONS)
+            if secure
+            else grpc.insecure_channel(address, options=OPTIONS)
+        )
+        self._stub = rpc.InferenceServiceStub(self._channel)
+        self._metadata = metadata(api_key)
+        self._timeout_s = timeout_s
+        self._retry = retry or Retry()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        sampling: Sampling | None = None,
+        request_id: str = "",
+        resume_after_seq: int = 0,
+        timeout_s: float | None = None,
+    ) -> Iterator[Message]:
+        """Yields the answer as it comes, each token once, whatever breaks in between. Leaving the loop cancels it.
+
+        To go on with an earlier client's stream, give its `request_id`, its sampling with the seed, and its last `seq`.
+        """
+        request_id = request_id or codec.new_request_id()
+        settled = codec.settle_seed(sampling)
+        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+        progress = StreamProgress(self._retry, settled.n or 1, resume_after_seq)
+        while not progress.ended:
+            request = codec.encode_generate(request_id, model, prompt, settled, progress.seq)
+            try:
+                yield from self._try_stream(request, progress, deadline)
+            except BatonError as error:
+                wait_s = progress.after(error)
+                if wait_s is None:
+                    raise
+                time.sleep(max(0.0, min(wait_s, deadline - time.monotonic())))
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        model: str = "",
+        sampling: Sampling | None = None,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> Generation:
+        """The whole answer, put together from its stream."""
+        collector = Collector()
+        for message in self.stream(prompt, model=model, sampling=sampling, request_id=request_id, timeout_s=timeout_s):
+            collector.add(message)
+        return collector.result()
+
+    def chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        model: str = "",
+        sampling: Sampling | None = None,
+        request_id: str = "",
+        timeout_s: float | None = None,
+    ) -> Generation:
+        """The whole answer to a conversation."""
+        return self.generate(messages, model=model, sampling=sampling, request_id=request_id, timeout_s=timeout_s)
+
+    def tokenize(self, prompt: str | Sequence[ChatMessage], *, model: str = "") -> list[int]:
+        request = codec.encode_tokenize(model, prompt)
+        return list(self._call(lambda s: self._stub.Tokenize(request, s, self._metadata)).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
+        request = codec.encode_detokenize(model, token_ids)
+        return str(self._call(lambda s: self._stub.Detokenize(request, s, self._metadata)).text)
+
+    def models(self) -> list[ModelInfo]:
+        request = pb.ListModelsRequest()
+        answer = self._call(lambda s: self._stub.ListModels(request, s, self._metadata))
+        return [codec.decode_model(model) for model in answer.models]
+
+    def model(self, name: str = "") -> ModelInfo:
+        request = pb.GetModelRequest(model=name)
+        return codec.decode_model(self._call(lambda s: self._stub.GetModel(request, s, self._metadata)).model)
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request. False: the router does not know it, or no longer. Cancelling twice changes nothing."""
+        request = pb.CancelRequest(request_id=request_id)
+        answer = self._call(lambda s: self._stub.Cancel(request, s, self._metadata))
+        return bool(answer.found)
+
+    def explain(self, request_id: str) -> Explanation:
+        """Where a request was placed and how long each part took. Raises UnknownRequest."""
+        request = pb.ExplainRequest(request_id=request_id)
+        answer = self._call(lambda s: self._stub.Explain(request, s, self._metadata))
+        return codec.decode_explanation(answer)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _try_stream(self, request: pb.GenerateRequest, progress: StreamProgress, deadline: float) -> Iterator[Message]:
+        call = self._stub.Generate(request, timeout=_left(deadline), metadata=self._metadata)
+        try:
+            with _typed_errors():
+                for response in call:
+                    message = progress.take(codec.decode_message(response))
+                    if message is not None:
+                        yield message
+        finally:
+            call.cancel()  # nothing after the end; else the reader has left
+        if not progress.ended:
+            raise Unavailable(STREAM_BROKE)
+
+    def _call(self, invoke: Callable[[float], T]) -> T:
+        """One call, repeated while the router is away: each of these changes nothing the second time."""
+        deadline = time.monotonic() + self._timeout_s
+        failures = 0
+        while True:
+            try:
+                with _typed_errors():
+                    return invoke(_left(deadline))
+            except Unavailable:
+                failures += 1
+                if failures >= self._retry.tries:
+                    raise
+                time.sleep(max(0.0, min(self._retry.delay_s(failures), deadline - time.monotonic())))
+
+
+@contextmanager
+def _typed_errors() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:  # both kinds that grpc raises are grpc.Call too
+        raise from_status(error.code(), error.details(), error.trailing_metadata()) from None
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise DeadlineExceeded("The time for this call is up.")
+    return left

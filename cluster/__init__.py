@@ -1,0 +1,1 @@
+"""Starts Baton: configuration, the command line, the processes of a cluster. Imported by no one."""

@@ -1,0 +1,123 @@
+"""A worker's two processes as Ray actors. They wrap `worker/` and the worker folders and add nothing to them.
+
+Both take over their process's output, so that all that a worker says is in one log. The cluster token travels by the
+environment of the node, never in an actor's arguments.
+"""
+
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+
+from ..core.errors import ConfigError
+from ..core.tickets import Piece
+from ..observe import logs
+from ..worker.config import WorkerConfig
+from ..worker.records import Progress
+from .screen import bar
+from .units import format_size
+
+_GPU_SHARE = 0.9  # of its part of a GPU that a worker takes; the rest is the context's and the kernels' workspaces
+_GPU_WORKSPACE = 1 << 30
+_GPU_LEAST = 64 << 20
+
+
+class RankActor:
+    """The step loop's process. `deliver` runs beside `run`, in a thread of its own, so calls keep their order."""
+
+    def __init__(self, config: WorkerConfig, log: Path, log_level: str, gpu_share: float, weight_bytes: int) -> None:
+        from ..kv_transfer.inbox import Inbox  # noqa: PLC0415  # torch: in this process only, not where the class is named
+
+        _log_to(log, log_level, config)
+        self._config = _with_token(config)
+        self._gpu_share = gpu_share
+        self._weight_bytes = weight_bytes
+        self._inbox = Inbox()
+
+    def run(self) -> None:
+        """One life of the rank: returns when its service says stop."""
+        config = self._config
+        if config.kv_bytes == 0:
+            config = replace(config, kv_bytes=gpu_kv_bytes(self._gpu_share, self._weight_bytes))
+        if config.role == "prefill":
+            from ..prefill_worker import rank as prefill_rank  # noqa: PLC0415
+
+            prefill_rank.run(config, self._inbox)
+        else:
+            from ..decode_worker import rank as decode_rank  # noqa: PLC0415
+
+            decode_rank.run(config, self._inbox)
+
+    @ray.method(concurrency_group="inbox")
+    def deliver(self, message: object, handles: Sequence[object]) -> None:
+        """What a peer's rank tells this one: see kv_transfer/inbox.py."""
+        from ..kv_transfer.inbox import deliver  # noqa: PLC0415
+        from ..kv_transfer.messages import Returned  # noqa: PLC0415
+
+        if not isinstance(message, Piece | Returned):
+            raise TypeError(f"no message of the transfer: {type(message).__name__}")
+        deliver(self._inbox, message, handles)
+
+
+class ServiceActor:
+    """The gRPC process. Its loop is Ray's actor loop."""
+
+    def __init__(self, config: WorkerConfig, log: Path, log_level: str) -> None:
+        _log_to(log, log_level, config)
+        self._config = _with_token(config)
+        self._stop = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._progress = "starting"
+
+    async def run(self) -> None:
+        """One life of the service: returns after `stop`; raises WorkerLost when the rank dies."""
+        from ..worker.service import serve  # noqa: PLC0415
+
+        await serve(self._config, self._stop, self._set_ready, self._set_progress)
+
+    async def wait_ready(self) -> None:
+        await self._ready.wait()
+
+    async def progress(self) -> str:
+        return self._progress
+
+    async def stop(self) -> None:
+        """Drain within the configured bound and leave."""
+        self._stop.set()
+
+    def _set_ready(self, *_: object) -> None:
+        self._ready.set()
+
+    def _set_progress(self, progress: Progress) -> None:
+        self._progress = f"loading {bar(progress.loaded_bytes, progress.total_bytes)}"
+
+
+def gpu_kv_bytes(share: float, weight_bytes: int) -> int:
+    """What is left for KV of a worker's part of its GPU. Raises ConfigError with the arithmetic."""
+    import torch  # noqa: PLC0415
+
+    free, total = torch.cuda.mem_get_info()
+    part = min(free, int(total * share * _GPU_SHARE))
+    left = part - weight_bytes - _GPU_WORKSPACE
+    if left < _GPU_LEAST:
+        raise ConfigError(
+            f"Not enough GPU memory: {format_size(part)} of {format_size(total)} are this worker's, less "
+            f"{format_size(weight_bytes)} weights and {format_size(_GPU_WORKSPACE)} workspace leaves "
+            f"{format_size(max(0, left))} for KV: choose a smaller model, or fewer workers per GPU."
+        )
+    return left
+
+
+def _log_to(log: Path, level: str, config: WorkerConfig) -> None:
+    """Point this process's standard output and error, C++ included, at the worker's log."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    logs.setup(config.log_format, level, str(config.worker_id), os.fdopen(file, "w", buffering=1))
+
+
+def _with_token(config: WorkerConfig) -> WorkerConfig:
+    return replace(config, cluster_token=os.environ["BATON_CLUSTER_TOKEN"])

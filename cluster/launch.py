@@ -1,0 +1,224 @@
+"""`baton serve`: starts Redis, Ray, the router and the workers, watches them, and ends them.
+
+    main thread:  check -> Redis, router, Ray -> gangs -> wait until ready -> watch ... signal -> drain -> sweep
+
+Redis and the router start while Ray does; the workers of all gangs start at once.
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+from ..core.errors import ConfigError
+from ..core.ids import Epoch
+from . import children, models, preflight, redis
+from .children import Child
+from .config import ServeConfig, read_api_keys
+from .plan import ClusterPlan, plan_cluster
+from .router_process import RouterProcess
+from .screen import Screen, banner
+from .supervisor import State, Supervisor
+from .tail import Tail
+
+_TICK_S = 0.1
+_SWEEP_S = 5.0
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # a folder of ours with mode 0700 is made in it
+_SOCKET_PATH_MOST = 40  # of the run's folder: Ray's sockets lie 65 characters deeper, the kernel takes 107
+
+
+class Interrupted(Exception):
+    """A signal asked us to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Of one run, both 0700 and removed at its end."""
+
+    run: Path  # sockets, Ray's session
+    logs: Path  # inside it; what is written there shows on standard error
+    rings: Path  # in shared memory
+
+
+def serve(config: ServeConfig) -> int:
+    """Run a cluster until a signal. 0: ended as asked. Raises ConfigError for whatever a person can mend."""
+    screen = Screen()
+    started = time.monotonic()
+    preflight.check_installed()
+    preflight.check_ports(config)
+    if config.redis_url is not None:
+        redis.ping(config.redis_url)
+    api_keys = read_api_keys(config)
+    if not models.is_local(config.model):
+        screen.say(f"Fetching {config.model} from the hub, unless it is here already.")
+    plan = plan_cluster(config, models.resolve(config.model), api_keys, config.cluster_token or secrets.token_hex(32))
+    signals = Signals()
+    children.adopt_orphans()
+    with signals, _folders() as folders, Tail(folders.logs):
+        run = Run(plan, folders, screen, signals)
+        try:
+            run.start()
+            screen.say(banner(config, plan.model_name, keys=bool(api_keys)))
+            screen.say(f"  Ready after {time.monotonic() - started:.0f} s.")
+            run.watch()
+        except Interrupted:
+            screen.say(f"Ending: running requests have up to {config.drain_s} s; Ctrl-C again ends it now.")
+        finally:
+            signals.now = _end_at_once(folders)
+            run.end()
+    return 0
+
+
+class Run:
+    """One cluster's processes."""
+
+    def __init__(self, plan: ClusterPlan, folders: Folders, screen: Screen, signals: "Signals") -> None:
+        self._plan = plan
+        self._folders = folders
+        self._screen = screen
+        self._signals = signals
+        self._redis: Child | None = None
+        self._router: RouterProcess | None = None
+        self._supervisors: list[Supervisor] = []
+        self._epoch = time.time_ns() // 1_000_000
+
+    def start(self) -> None:
+        """Until the router says that it is ready. Raises ConfigError or Interrupted."""
+        deadline = time.monotonic() + self._plan.config.start_s
+        redis_url = self._plan.config.redis_url
+        if redis_url is None:
+            self._screen.progress("Starting Redis")
+            self._redis, redis_url = redis.start_private(self._folders.run)
+            redis.wait_for(self._redis, redis_url)
+        self._screen.progress("Starting the router and Ray")
+        self._router = RouterProcess(self._plan.router(redis_url), self._folders.logs / "router.log")
+        from . import local_ray  # noqa: PLC0415  # half a second, while the router starts
+
+        local_ray.start(self._plan.num_gpus, self._plan.cluster_token, self._folders.run / "ray")
+        self._signals.install()  # Ray has put its own in place
+        self._signals.check()
+        for worker in self._plan.workers(redis_url, self._folders.rings, self._folders.logs):
+            start_gang = partial(local_ray.RayGang, worker)
+            self._supervisors.append(
+                Supervisor(worker.worker_id, start_gang, self._next_epoch, time.monotonic, self._screen.say)
+            )
+        while not self._is_ready():
+            self._tick()
+            if time.monotonic() > deadline:
+                state = ", ".join(f"{supervisor.name} {supervisor.progress}" for supervisor in self._supervisors)
+                raise ConfigError(
+                    f"Not ready after {self._plan.config.start_s} s ({state}; router: {self._router.last_lines()}): "
+                    "give --start-s more if the model is large."
+                )
+            self._screen.progress("; ".join(f"{one.name}: {one.progress}" for one in self._supervisors))
+
+    def watch(self) -> None:
+        """Until a signal. Raises Interrupted, or ConfigError when nothing that could serve is left."""
+        while True:
+            self._tick()
+            if all(supervisor.state is State.GIVEN_UP for supervisor in self._supervisors):
+                raise ConfigError("Every worker has been given up: its log above says why.")
+
+    def end(self) -> None:
+        """Drain within the bound, then end everything."""
+        drain_s = self._plan.config.drain_s
+        deadline = time.monotonic() + drain_s
+        if self._router is not None:
+            self._router.stop(drain_s)
+        for supervisor in self._supervisors:
+            with suppress(Exception):  # Ray may be gone; the sweep ends what is left
+                supervisor.stop(max(0.5, deadline - time.monotonic()))
+        if self._supervisors:
+            from . import local_ray  # noqa: PLC0415  # loaded since start
+
+            local_ray.stop()
+        if self._redis is not None:
+            self._redis.terminate()
+            self._redis.wait(_SWEEP_S)
+        children.sweep(_SWEEP_S)
+
+    def _is_ready(self) -> bool:
+        workers = all(supervisor.state is State.READY for supervisor in self._supervisors)
+        return workers and self._router is not None and self._router.is_ready()
+
+    def _tick(self) -> None:
+        self._signals.check()
+        if self._redis is not None and self._redis.poll() is not None:
+            raise ConfigError(f"The private Redis ended: {self._redis.last_lines(3)}.")
+        if self._router is not None:
+            self._router.tick(self._screen.say)
+        for supervisor in self._supervisors:
+            supervisor.tick()
+        time.sleep(_TICK_S)
+
+    def _next_epoch(self) -> Epoch:
+        self._epoch += 1
+        return Epoch(self._epoch)
+
+
+class Signals:
+    """The first Ctrl-C or SIGTERM asks for an orderly end, the second one ends at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[signal.Signals, object] = {}
+        self.now: Callable[[], None] | None = None  # what the second one does, once the end has begun
+
+    def __enter__(self) -> "Signals":
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what getsignal gave
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._take)
+
+    def check(self) -> None:
+        """Raises Interrupted once a signal came."""
+        if self._asked:
+            raise Interrupted
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self._asked and self.now is not None:
+            self.now()
+        self._asked = True
+
+
+@contextmanager
+def _folders() -> Iterator[Folders]:
+    base = tempfile.gettempdir()
+    run = Path(tempfile.mkdtemp(prefix="baton-", dir=base if len(base) < _SOCKET_PATH_MOST - 16 else "/tmp"))  # noqa: S108
+    shared = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else run
+    rings = Path(tempfile.mkdtemp(prefix="baton-", dir=shared))
+    folders = Folders(run, run / "logs", rings)
+    folders.logs.mkdir()
+    try:
+        yield folders
+    finally:
+        _remove(folders)
+
+
+def _remove(folders: Folders) -> None:
+    for folder in (folders.rings, folders.run):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_at_once(folders: Folders) -> Callable[[], None]:
+    def end() -> None:
+        children.sweep(0)
+        _remove(folders)
+        os._exit(130)  # threads of Ray may wait for what was just killed
+
+    return end

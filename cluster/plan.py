@@ -1,0 +1,150 @@
+"""What a cluster will be made of, decided before anything starts."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..core.errors import ConfigError
+from ..core.ids import Epoch, WorkerId
+from ..router.config import RouterConfig
+from ..worker.config import ROLES, WorkerConfig
+from . import models, preflight
+from .config import ServeConfig
+
+_GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerPlan:
+    """One worker, whatever life it is in."""
+
+    config: WorkerConfig  # of no life yet: epoch 0, no names
+    log: Path
+    log_level: str
+    gpu_share: float  # of one GPU; 0: none
+    weight_bytes: int
+
+    @property
+    def worker_id(self) -> WorkerId:
+        return self.config.worker_id
+
+    def config_of(self, epoch: Epoch) -> WorkerConfig:
+        """Of one life. Ring and inbox are named for it, so that nothing meets what an earlier life left."""
+        name = f"{self.worker_id}.{epoch}"
+        return replace(self.config, epoch=epoch, ring_name=name, inbox=name)
+
+    def remove_rings(self, epoch: Epoch) -> None:
+        """What a killed life left in shared memory."""
+        for path in self.config.ring_dir.glob(f"{self.worker_id}.{epoch}.*"):
+            path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterPlan:
+    config: ServeConfig
+    model_dir: Path
+    model_name: str
+    size: preflight.ModelSize
+    max_model_len: int  # tokens of prompt and answer
+    kv_bytes: int  # of each worker; 0: what its GPU has free
+    num_gpus: int
+    api_keys: tuple[str, ...]
+    cluster_token: str
+
+    def workers(self, redis_url: str, rings: Path, logs: Path) -> list[WorkerPlan]:
+        config = self.config
+        names = [(role, n) for role in ROLES for n in range(getattr(config, role))]
+        return [
+            WorkerPlan(
+                config=WorkerConfig(
+                    worker_id=WorkerId(f"{role}-{n}"),
+                    epoch=Epoch(0),
+                    role=role,
+                    model_dir=self.model_dir,
+                    model_name=self.model_name,
+                    dtype=self.size.dtype,
+                    device="cuda" if self.num_gpus else "cpu",
+                    kv_bytes=self.kv_bytes,
+                    block_tokens=config.block_tokens,
+                    max_model_len=self.max_model_len,
+                    max_batch=config.max_batch,
+                    threads=config.threads,
+                    drain_timeout_s=float(config.drain_s),
+                    start_timeout_s=float(config.start_s),
+                    redis_url=redis_url,
+                    otlp_endpoint=config.otlp_endpoint,
+                    log_format=config.log_format,
+                    ring_dir=rings,
+                    ring_name="",
+                    inbox="",
+                ),
+                log=logs / f"{role}-{n}.log",
+                log_level=config.log_level,
+                gpu_share=gpu_share(self.num_gpus, len(names)),
+                weight_bytes=self.size.weight_bytes,
+            )
+            for role, n in names
+        ]
+
+    def router(self, redis_url: str) -> RouterConfig:
+        config = self.config
+        return RouterConfig(
+            model_dir=self.model_dir,
+            model_name=self.model_name,
+            redis_url=redis_url,
+            cluster_token=self.cluster_token,
+            host=config.host,
+            grpc_port=config.grpc_port,
+            http_port=config.http_port,
+            metrics_port=config.metrics_port,
+            api_keys=self.api_keys,
+            tls_certificate=Path(config.tls_cert).resolve() if config.tls_cert else None,
+            tls_key=Path(config.tls_key).resolve() if config.tls_key else None,
+            otlp_endpoint=config.otlp_endpoint,
+            log_format=config.log_format,
+            log_level=config.log_level.upper(),
+            drain_s=float(config.drain_s),
+        )
+
+
+def plan_cluster(config: ServeConfig, model_dir: Path, api_keys: tuple[str, ...], cluster_token: str) -> ClusterPlan:
+    """Raises ConfigError when the model, the context or the memory does not work out."""
+    size = preflight.measure_model(model_dir, config.dtype)
+    context = preflight.settle_context(config, size)
+    num_gpus = count_gpus(config.device)
+    if num_gpus:
+        kv_bytes = config.kv_memory or 0
+    else:
+        kv_bytes = preflight.settle_kv_bytes(config, size, context, preflight.free_memory())
+    return ClusterPlan(
+        config=config,
+        model_dir=model_dir,
+        model_name=config.served_name or models.served_name(config.model, model_dir),
+        size=size,
+        max_model_len=context,
+        kv_bytes=kv_bytes,
+        num_gpus=num_gpus,
+        api_keys=api_keys,
+        cluster_token=cluster_token,
+    )
+
+
+def gpu_share(num_gpus: int, num_workers: int) -> float:
+    """Of one GPU for each worker, so that all fit: a whole one, or an equal part of a shared one."""
+    return 1.0 / math.ceil(num_workers / num_gpus) if num_gpus else 0.0
+
+
+def count_gpus(device: str, environment: Mapping[str, str] = os.environ, folder: Path = _GPU_FOLDER) -> int:
+    """GPUs that we may use, without loading torch. Raises ConfigError when they are asked for and none is there."""
+    if device == "cpu":
+        return 0
+    found = len(list(folder.iterdir())) if folder.is_dir() else 0
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        named = [part for part in visible.split(",") if part.strip() and part.strip() != "-1"]
+        found = min(found, len(named))
+    if device == "cuda" and found == 0:
+        raise ConfigError("--device is cuda, but no GPU is here: check `nvidia-smi`, or choose --device cpu.")
+    return found

@@ -1,0 +1,148 @@
+"""What can be known to go wrong before anything starts: ports, memory, the model's kind. Each error is one line."""
+
+import importlib.util
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.errors import ConfigError
+from .config import ServeConfig
+from .units import format_size
+
+_PROCESS_BYTES = 450 << 20  # a worker without weights and KV: interpreter, torch, gRPC (measured: 280 + 120 MiB)
+_BASE_BYTES = 900 << 20  # Ray, router, Redis (measured: 670 + 150 MiB)
+_KV_SHARE = 0.25  # of free memory, for all workers together, when nobody says how much
+_KV_MOST = 1 << 30
+_KV_LEAST = 64 << 20
+_WIDTH = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSize:
+    """What a model takes, read from its files alone."""
+
+    max_position_embeddings: int
+    dtype: str  # that it runs in
+    weight_bytes: int  # in that dtype
+    kv_bytes_per_token: int
+
+
+def check_installed() -> None:
+    """Raises ConfigError unless the worker extra is there."""
+    for module in ("ray", "torch"):
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(f"`baton serve` needs {module}: pip install 'baton-llm[worker]'.")
+
+
+def check_ports(config: ServeConfig) -> None:
+    """Raises ConfigError when another process listens on one of ours."""
+    for flag in ("grpc_port", "http_port", "metrics_port"):
+        port = getattr(config, flag)
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # As servers do: a connection that lingers after the last run does not count as taken.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((config.host, port))
+            except socket.gaierror:
+                raise ConfigError(f"--host {config.host} is no address of this machine.") from None
+            except PermissionError:
+                raise ConfigError(
+                    f"Port {port} is for root alone: choose one from 1024 on with {_flag(flag)}."
+                ) from None
+            except OSError as error:
+                if error.errno == 99:  # EADDRNOTAVAIL
+                    raise ConfigError(f"--host {config.host} is no address of this machine.") from None
+                raise ConfigError(
+                    f"Port {port} is taken: stop what listens there, or choose another with {_flag(flag)}."
+                ) from None
+
+
+def measure_model(directory: Path, dtype: str) -> ModelSize:
+    """Read config.json and the sizes of the weights. Raises ConfigError for what is not a decoder-only checkpoint."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        heads = int(config["num_attention_heads"])
+        head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        layers = int(config["num_hidden_layers"])
+        longest = int(config["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{directory / 'config.json'} is not that of a Llama, Mistral or Qwen checkpoint: {error!r}."
+        ) from None
+    stored = str(config.get("torch_dtype") or config.get("dtype") or "float32")
+    runs = stored if dtype == "auto" and stored in _WIDTH else "bfloat16" if dtype == "auto" else dtype
+    on_disk = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    weights = on_disk * _WIDTH[runs] // _WIDTH.get(stored, 2)
+    return ModelSize(
+        max_position_embeddings=longest,
+        dtype=runs,
+        weight_bytes=weights,
+        kv_bytes_per_token=layers * 2 * kv_heads * head_size * _WIDTH[runs],
+    )
+
+
+def settle_context(config: ServeConfig, size: ModelSize) -> int:
+    """Tokens of prompt and answer together. Raises ConfigError when more is asked for than the model knows."""
+    if config.max_model_len is None:
+        return size.max_position_embeddings
+    if config.max_model_len > size.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len is {config.max_model_len}: the model was made for at most {size.max_position_embeddings}."
+        )
+    return config.max_model_len
+
+
+def settle_kv_bytes(config: ServeConfig, size: ModelSize, context: int, free_bytes: int) -> int:
+    """Bytes of KV cache for each worker on the CPU, with the arithmetic when it does not fit.
+
+    One request of full length must fit in a worker. Raises ConfigError.
+    """
+    workers = config.prefill + config.decode
+    one_request = context * size.kv_bytes_per_token
+    fixed = _BASE_BYTES + workers * (_PROCESS_BYTES + size.weight_bytes)
+    given = config.kv_memory
+    if given is None:
+        share = int(max(0, free_bytes - fixed) * _KV_SHARE) // workers
+        given = max(min(share, _KV_MOST), _KV_LEAST, one_request)
+    if given < one_request:
+        raise ConfigError(
+            f"--kv-memory {format_size(given)} holds no request of {context} tokens, which takes "
+            f"{format_size(one_request)}: give more, or a smaller --max-model-len."
+        )
+    need = fixed + workers * given
+    if need > free_bytes:
+        each = " + ".join(
+            (f"{format_size(size.weight_bytes)} weights", f"{format_size(given)} KV", format_size(_PROCESS_BYTES))
+        )
+        raise ConfigError(
+            f"Not enough memory: {workers} workers x ({each}) + {format_size(_BASE_BYTES)} for the rest = "
+            f"{format_size(need)}, free are {format_size(free_bytes)}: lower --kv-memory or --max-model-len, or choose "
+            "a smaller model."
+        )
+    return given
+
+
+def free_memory() -> int:
+    """Bytes this process may still take: of the machine, and of its control group where that is less."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+            break
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass  # no control groups of version 2 here
+    return free
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

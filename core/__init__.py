@@ -1,0 +1,1 @@
+"""Words that all of Baton's processes share. Standard library only."""

@@ -1,0 +1,122 @@
+"""What crosses a link and the ring behind it: commands to a worker, its frames, its reports, its view of itself."""
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from .ids import BlockId, Epoch, SequenceId, WorkerId
+from .request import Ended, Load, Request, SequenceTokens, TimedPart
+from .tickets import Geometry, Ticket
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """The router's greeting, first on a link."""
+
+    router_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandOver:
+    """To a prefill worker: who takes the KV of this sequence."""
+
+    sequence_id: SequenceId
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """Ends a sequence early; of an unknown or ended sequence it changes nothing."""
+
+    sequence_id: SequenceId
+
+
+Command: TypeAlias = Hello | Request | HandOver | Release
+"""What a router tells a worker. A `Request` says: take this sequence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    """The worker's greeting, on its first frame."""
+
+    worker_id: WorkerId
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TicketGranted:
+    sequence_id: SequenceId
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerFrame:
+    """All that one step has to say on one link. A reader takes tickets first, then tokens, then ends."""
+
+    welcome: Welcome | None = None
+    tickets: tuple[TicketGranted, ...] = ()
+    tokens: tuple[SequenceTokens, ...] = ()
+    ended: tuple[Ended, ...] = ()
+    load: Load | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Blocks that one sequence holds, and in which state."""
+
+    sequence_id: SequenceId
+    state: str  # e.g. "prefilling", "lent", "reserved", "running"
+    block_ids: tuple[BlockId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerDump:
+    """The state of every block, as one consistent picture between two steps."""
+
+    total_blocks: int
+    free_blocks: int
+    cached_blocks: int  # no holder, evictable
+    held_blocks: int
+    lent_blocks: int = 0  # held, and announced to a peer
+    holders: tuple[Holder, ...] = ()
+    violations: tuple[str, ...] = ()  # invariants that do not hold
+    transport_objects: int = 0  # objects of the transport that still live
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatus:
+    """What a worker says of itself to an operator."""
+
+    worker_id: WorkerId
+    epoch: Epoch
+    role: str  # "prefill" or "decode"
+    model: str
+    device: str
+    transport: str  # what carries KV between workers
+    geometry: Geometry
+    load: Load
+    steps: int = 0
+    uptime_s: float = 0.0
+    transfer_gb_per_s: float = 0.0  # measured over the last pulls; 0: none yet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a step loop tells its service for metrics and traces: the counts since the last report, the gauges now."""
+
+    parts: tuple[TimedPart, ...] = ()
+    batch_sizes: tuple[int, ...] = ()  # sequences in each step
+    step_s: tuple[float, ...] = ()  # duration of each step, as many as batch_sizes
+    tokens: int = 0  # sampled
+    prefill_tokens: int = 0  # prompt tokens computed
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    transfers: int = 0  # pieces pulled
+    transfer_bytes: int = 0
+    transfer_s: float = 0.0  # time those pulls took, added up
+    load: Load = field(default_factory=Load)
+    cached_blocks: int = 0
+    held_blocks: int = 0
+    lent_blocks: int = 0
+
+    @property
+    def steps(self) -> int:
+        return len(self.batch_sizes)

@@ -1,0 +1,53 @@
+"""The hand-over of KV from a prefill worker to a decode worker: ticket, geometry, piece."""
+
+from dataclasses import dataclass
+
+from .ids import Epoch, SequenceId, TicketId, WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """What a block looks like on one side."""
+
+    num_layers: int
+    num_kv_heads: int  # of one rank
+    head_size: int
+    block_tokens: int
+    dtype: str  # "bfloat16" or "float32"
+    fingerprint: str  # of the model: blocks of another model are never taken
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: all layers, K and V."""
+        width = {"bfloat16": 2, "float16": 2, "float32": 4}[self.dtype]
+        return self.num_layers * 2 * self.num_kv_heads * self.block_tokens * self.head_size * width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """A decode worker's reservation for one hand-over."""
+
+    ticket_id: TicketId
+    worker_id: WorkerId  # of the reader
+    epoch: Epoch  # of the reader
+    wanted: tuple[int, ...]  # prompt blocks the reader lacks, by index, rising
+    geometry: Geometry  # of the reader
+    lease_s: float  # asked for; counted by the source alone
+    inbox: str  # where the reader's rank takes announcements
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """KV of some blocks that a source announces to a reader, named by the reader's ticket."""
+
+    ticket_id: TicketId
+    sequence_id: SequenceId
+    reader_epoch: Epoch
+    source: WorkerId
+    source_epoch: Epoch
+    source_inbox: str  # where the source's rank takes the release
+    blocks: tuple[int, ...]  # which prompt blocks, by index, rising
+    checksums: tuple[int, ...]  # one per block, bound to ticket and index: see kv_transfer/integrity.py
+    geometry: Geometry  # of the source
+    last: bool = False  # nothing follows; the first token comes with it
+    first_token: int | None = None

@@ -1,0 +1,38 @@
+"""Our own code for the families that are served; one file each. Code from a checkpoint is never executed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import llama, mistral, qwen2, qwen3
+from .config import ModelConfig
+from .decoder import Model, ReadAttention, read_model
+from .safetensors_file import SafetensorsDir
+from .weights import Weights
+
+__all__ = ["Model", "ModelConfig", "load_model"]
+
+_FAMILIES: dict[str, ReadAttention] = {
+    "llama": llama.read_attention,
+    "mistral": mistral.read_attention,
+    "qwen2": qwen2.read_attention,
+    "qwen3": qwen3.read_attention,
+}
+
+
+def load_model(
+    path: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+    num_positions: int | None = None,
+) -> Model:
+    """Read a checkpoint's safetensors files.
+
+    progress: called with (bytes read, bytes in all). num_positions: how long a sequence may become; None: as long as
+    the configuration says. Raises ValueError where files and configuration do not fit each other.
+    """
+    weights = Weights(SafetensorsDir(path), dtype, device, progress)
+    return read_model(weights, config, num_positions or config.max_position_embeddings, _FAMILIES[config.architecture])

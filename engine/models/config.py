@@ -1,0 +1,207 @@
+"""What a checkpoint's config.json says, checked: the part of it that our models need."""
+
+import json
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .safetensors_file import SafetensorsDir
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+_DEFAULT_ROPE_THETA = 10000.0
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding: its base and how it was stretched. Fields that a kind doesn't use stay at their defaults."""
+
+    theta: float = _DEFAULT_ROPE_THETA
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn; None: from mscale, else from factor
+    mscale: float = 0.0  # yarn
+    mscale_all_dim: float = 0.0  # yarn
+    truncate: bool = True  # yarn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """One dense decoder of the Llama kind."""
+
+    architecture: str  # a value of ARCHITECTURES
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    intermediate_size: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool  # q, k and v have one
+    output_bias: bool  # and the attention's output projection
+    mlp_bias: bool
+    windows: tuple[int | None, ...]  # one per layer: how many keys a query sees; None: all
+    eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype  # of the checkpoint
+    fingerprint: str  # of configuration and weights
+
+    @classmethod
+    def from_dir(cls, path: Path) -> "ModelConfig":
+        """Read `path`/config.json and generation_config.json and look at the weights' files.
+
+        Raises ValueError, in words for who runs the server, where a file is missing or says what we can't serve.
+        """
+        raw = _read_json(path / "config.json")
+        if raw is None:
+            raise ValueError(f"{path} has no config.json")
+        architecture = _architecture(raw)
+        _refuse_unsupported(raw)
+        hidden_size, num_heads = _int(raw, "hidden_size"), _int(raw, "num_attention_heads")
+        num_kv_heads = raw.get("num_key_value_heads") or num_heads
+        head_size = raw.get("head_dim") or hidden_size // num_heads
+        if num_heads % num_kv_heads or head_size % 2:
+            raise ValueError(f"config.json: {num_heads} heads, {num_kv_heads} KV heads, size {head_size} do not fit")
+        bias = architecture == "qwen2" or bool(raw.get("attention_bias", False))
+        num_layers = _int(raw, "num_hidden_layers")
+        return cls(
+            architecture=architecture,
+            vocab_size=_int(raw, "vocab_size"),
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_size=head_size,
+            intermediate_size=_int(raw, "intermediate_size"),
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope=_rope(raw),
+            max_position_embeddings=_int(raw, "max_position_embeddings"),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=bias,
+            output_bias=bias and architecture != "qwen2",
+            mlp_bias=architecture == "llama" and bool(raw.get("mlp_bias", False)),
+            windows=_windows(raw, architecture, num_layers),
+            eos_token_ids=_eos_token_ids(raw, path),
+            dtype=_dtype(raw),
+            fingerprint=_fingerprint(path),
+        )
+
+    def kv_fingerprint(self, dtype: torch.dtype) -> str:
+        """Names what KV of this model in this dtype is compatible with."""
+        return blake2b(f"{self.fingerprint}/{dtype}".encode(), digest_size=16).hexdigest()
+
+
+def _architecture(raw: dict[str, Any]) -> str:
+    names = raw.get("architectures") or []
+    for name in names:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    asked, supported = ", ".join(names) or "unknown", ", ".join(sorted(ARCHITECTURES))
+    raise ValueError(f"config.json: architecture {asked} is not supported; these are: {supported}")
+
+
+def _refuse_unsupported(raw: dict[str, Any]) -> None:
+    if raw.get("quantization_config"):
+        raise ValueError("config.json: quantised checkpoints are not supported; use the bfloat16 or float32 one")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported; silu is")
+    if raw.get("pretraining_tp", 1) != 1:
+        raise ValueError("config.json: pretraining_tp other than 1 is not supported")
+
+
+def _rope(raw: dict[str, Any]) -> RopeConfig:
+    """From `rope_parameters` (transformers 5), else from `rope_theta` and `rope_scaling` (before)."""
+    given = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind not in ROPE_KINDS:
+        raise ValueError(f"config.json: rope type {kind!r} is not supported; these are: {', '.join(ROPE_KINDS)}")
+    if (given.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor is not supported")
+    theta = given.get("rope_theta") or raw.get("rope_theta") or _DEFAULT_ROPE_THETA
+    original = given.get("original_max_position_embeddings") or _int(raw, "max_position_embeddings")
+    known = {name: given[name] for name in RopeConfig.__dataclass_fields__ if given.get(name) is not None}
+    if kind == "default":
+        return RopeConfig(theta=float(theta))
+    if kind == "yarn" and "factor" not in known:
+        known["factor"] = _int(raw, "max_position_embeddings") / original
+    if "factor" not in known:
+        raise ValueError(f"config.json: rope type {kind} needs a factor")
+    known |= {"theta": float(theta), "kind": kind, "original_max_position_embeddings": int(original)}
+    return RopeConfig(**known)
+
+
+def _windows(raw: dict[str, Any], architecture: str, num_layers: int) -> tuple[int | None, ...]:
+    window = raw.get("sliding_window")
+    if architecture.startswith("qwen") and not raw.get("use_sliding_window", False):
+        window = None
+    if architecture == "llama" or window is None:
+        return (None,) * num_layers
+    if architecture == "mistral":
+        return (window,) * num_layers
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        first = raw.get("max_window_layers", 28)
+        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
+    if len(kinds) != num_layers:
+        raise ValueError(f"config.json: {len(kinds)} layer_types for {num_layers} layers")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _eos_token_ids(raw: dict[str, Any], path: Path) -> tuple[int, ...]:
+    generation = _read_json(path / "generation_config.json") or {}
+    found = generation.get("eos_token_id")
+    if found is None:
+        found = raw.get("eos_token_id")
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list) else (int(found),)
+
+
+def _dtype(raw: dict[str, Any]) -> torch.dtype:
+    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if name not in _DTYPES:
+        raise ValueError(f"config.json: dtype {name!r} is not supported")
+    return _DTYPES[name]
+
+
+def _fingerprint(path: Path) -> str:
+    digest = blake2b((path / "config.json").read_bytes(), digest_size=16)
+    for part in SafetensorsDir(path).identity():
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return found
+
+
+def _int(raw: dict[str, Any], name: str) -> int:
+    value = raw.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"config.json: {name} must be a positive integer, not {value!r}")
+    return value

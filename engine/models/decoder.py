@@ -1,0 +1,97 @@
+"""A whole model: embedding, layers, norm, head. The families differ in how a layer is read; see their files."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from .config import ModelConfig
+from .layers import Attention, DecoderLayer, Linear, Mlp, Norm, Step
+from .rope import rope_tables
+from .weights import Weights
+
+ReadAttention = Callable[[Weights, ModelConfig, int], Attention]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A decoder-only language model. Changes nothing but the pool that it is given."""
+
+    config: ModelConfig
+    embedding: Tensor  # [vocab, hidden]
+    layers: tuple[DecoderLayer, ...]
+    norm: Norm
+    head: Linear
+    cos: Tensor  # [positions, D]
+    sin: Tensor  # [positions, D], signed
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def forward(self, batch: Batch, pool: Tensor) -> Tensor:
+        """Logits of the rows that the batch wants.    -> [S', vocab] in the model's dtype."""
+        cos, sin = (table.index_select(0, batch.positions)[:, None] for table in (self.cos, self.sin))
+        step = Step(batch, pool, cos, sin)
+        stream = self.embedding.index_select(0, batch.token_ids)
+        for layer in self.layers:
+            stream = layer(stream, step)
+        if batch.wanted is not None:
+            stream = stream.index_select(0, batch.wanted)
+        return self.head(self.norm(stream))
+
+
+def read_model(weights: Weights, config: ModelConfig, num_positions: int, read_attention: ReadAttention) -> Model:
+    """Everything but the attention has the same names in all families."""
+    embedding = weights.read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    layers = tuple(_read_layer(weights, config, layer, read_attention) for layer in range(config.num_layers))
+    norm = Norm(weights.read("model.norm.weight", (config.hidden_size,)), config.rms_norm_eps)
+    tied = config.tie_word_embeddings
+    head = embedding if tied else weights.read("lm_head.weight", (config.vocab_size, config.hidden_size))
+    cos, sin = rope_tables(config.rope, config.head_size, num_positions, embedding.dtype)
+    return Model(config, embedding, layers, norm, Linear.of(head), cos.to(embedding.device), sin.to(embedding.device))
+
+
+def read_qkv(weights: Weights, config: ModelConfig, layer: int) -> Linear:
+    """q, k and v as one product, with biases where the configuration has them."""
+    names = [f"model.layers.{layer}.self_attn.{name}_proj" for name in "qkv"]
+    rows = [heads * config.head_size for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+    weight = weights.stack([f"{name}.weight" for name in names], rows, config.hidden_size)
+    bias = weights.stack([f"{name}.bias" for name in names], rows) if config.attention_bias else None
+    return Linear.of(weight, bias)
+
+
+def read_output(weights: Weights, config: ModelConfig, layer: int) -> Linear:
+    """The attention's output projection."""
+    name = f"model.layers.{layer}.self_attn.o_proj"
+    weight = weights.read(f"{name}.weight", (config.hidden_size, config.num_heads * config.head_size))
+    return Linear.of(weight, weights.read(f"{name}.bias", (config.hidden_size,)) if config.output_bias else None)
+
+
+def _read_layer(weights: Weights, config: ModelConfig, layer: int, read_attention: ReadAttention) -> DecoderLayer:
+    prefix = f"model.layers.{layer}"
+    hidden = (config.hidden_size,)
+    return DecoderLayer(
+        Norm(weights.read(f"{prefix}.input_layernorm.weight", hidden), config.rms_norm_eps),
+        read_attention(weights, config, layer),
+        Norm(weights.read(f"{prefix}.post_attention_layernorm.weight", hidden), config.rms_norm_eps),
+        _read_mlp(weights, config, f"{prefix}.mlp"),
+    )
+
+
+def _read_mlp(weights: Weights, config: ModelConfig, prefix: str) -> Mlp:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    names = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
+    gate_up = weights.stack([f"{name}.weight" for name in names], [inner, inner], hidden)
+    down = weights.read(f"{prefix}.down_proj.weight", (hidden, inner))
+    if not config.mlp_bias:
+        return Mlp(Linear.of(gate_up), Linear.of(down))
+    gate_up_bias = weights.stack([f"{name}.bias" for name in names], [inner, inner])
+    down_bias = weights.read(f"{prefix}.down_proj.bias", (hidden,))
+    return Mlp(Linear.of(gate_up, gate_up_bias), Linear.of(down, down_bias))

@@ -1,0 +1,106 @@
+"""What the families' layers are made of."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...kernels.activation import silu_gate
+from ...kernels.linear import linear, pack_weight
+from ...kernels.norm import rms_norm
+from ...kernels.rotary import rotary
+from ...kernels.write_kv import write_kv
+from ..attention import attend
+from ..batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """x W^T + b."""
+
+    weight: Tensor  # [out, in], packed for its device
+    bias: Tensor | None = None  # [out]
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None = None) -> "Linear":
+        """From a weight as the checkpoint has it."""
+        return cls(pack_weight(weight), bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMS norm over the last axis."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What every layer of one forward pass needs beside its input."""
+
+    batch: Batch
+    pool: Tensor  # [N, L, 2, G, P, D]
+    cos: Tensor  # [T, 1, D]
+    sin: Tensor  # [T, 1, D], signed
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Grouped-query attention with rotary positions over paged KV."""
+
+    layer: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    window: int | None
+    qkv: Linear  # q's heads, then k's, then v's
+    output: Linear
+    q_norm: Norm | None = None  # on each head, before the rotation
+    k_norm: Norm | None = None
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        """x [T, hidden] -> [T, hidden]. Writes the tokens' K and V."""
+        heads = self.qkv(x).view(x.shape[0], -1, self.head_size)
+        turning = self.num_heads + self.num_kv_heads
+        q_and_k, v = heads[:, :turning], heads[:, turning:]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = q_and_k[:, : self.num_heads], q_and_k[:, self.num_heads :]
+            q_and_k = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
+        q_and_k = rotary(q_and_k, step.cos, step.sin)
+        write_kv(q_and_k[:, self.num_heads :], v, step.pool, self.layer, step.batch.slots, step.batch.rows)
+        q = q_and_k[:, : self.num_heads]
+        attended = attend(q, step.pool, self.layer, self.head_size**-0.5, self.window, step.batch)
+        return self.output(attended.view(x.shape[0], -1))
+
+
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """down(silu(gate(x)) * up(x))."""
+
+    gate_up: Linear  # gate's rows, then up's
+    down: Linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(silu_gate(self.gate_up(x)))
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """Attention and feed-forward, each on the normalised stream and added to it."""
+
+    input_norm: Norm
+    attention: Attention
+    post_attention_norm: Norm
+    mlp: Mlp
+
+    def __call__(self, stream: Tensor, step: Step) -> Tensor:
+        """stream [T, hidden], changed in place."""
+        stream.add_(self.attention(self.input_norm(stream), step))
+        return stream.add_(self.mlp(self.post_attention_norm(stream)))

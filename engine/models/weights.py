@@ -1,0 +1,39 @@
+"""From a checkpoint's tensors to those that the models compute with: fused, cast, on their device."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .safetensors_file import SafetensorsDir
+
+
+class Weights:
+    """Reads tensors by their names in the checkpoint and tells how far it got."""
+
+    def __init__(
+        self,
+        files: SafetensorsDir,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """progress: called with (bytes read, bytes in all), both as on disk."""
+        self._files = files
+        self._dtype = dtype
+        self._device = device
+        self._progress = progress
+        self._done_bytes = 0
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor as it is. Raises ValueError when it is missing or of another shape."""
+        tensor = self._files.read(name, shape)
+        self._done_bytes += tensor.nbytes
+        if self._progress is not None:
+            self._progress(self._done_bytes, self._files.total_bytes)
+        return tensor.to(device=self._device, dtype=self._dtype)
+
+    def stack(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> Tensor:
+        """Several tensors, one above the other, so that one product does for all.    -> [sum(rows), *columns]."""
+        parts = [self.read(name, (height, *columns)) for name, height in zip(names, rows, strict=True)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]

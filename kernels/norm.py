@@ -1,0 +1,22 @@
+"""Root mean square normalisation (Zhang and Sennrich, 2019)."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis, in float32 inside.    x [..., D], weight [D] -> [..., D] in x's dtype."""
+    assert weight.shape == x.shape[-1:], (x.shape, weight.shape)
+    return functional.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += x, in place; the new residual normalised.    x, residual [..., D] -> [..., D]."""
+    assert x.shape == residual.shape, (x.shape, residual.shape)
+    return rms_norm(residual.add_(x), weight, eps)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """What `rms_norm` means, operation by operation, in the precision of x."""
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))

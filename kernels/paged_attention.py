@@ -1,0 +1,214 @@
+"""Decode attention over a paged KV pool: one query a sequence, as many keys as its context has."""
+
+import ctypes
+from collections.abc import Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .build import DTYPES, cuda_library, stream, vector_rows
+
+CUDA_HEAD_SIZES = (64, 80, 96, 128, 256)  # those that csrc/paged_attention.cu is compiled for
+
+
+class Workspace:
+    """Memory that a step's gathers write into, kept between steps: fresh large tensors cost a page fault every 4 KB."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def take(self, rows: int, width: int, like: Tensor) -> Tensor:
+        """[rows, width] of like's dtype and device, not initialised; overwritten by the next take."""
+        if self._memory is None or self._memory.numel() < rows * width or self._memory.dtype != like.dtype:
+            self._memory = torch.empty(rows * width * 5 // 4, dtype=like.dtype, device=like.device)
+        return self._memory[: rows * width].view(rows, width)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """What all layers of one step share."""
+
+    rows: Tensor  # [2 * S * G * B] i64: where K, then V, of layer 0 lie in pool.view(-1, P * D)
+    num_blocks: int  # B, of the longest sequence
+    common_len: int | None  # the context length, where all sequences have the same
+    masks: dict[int | None, Tensor]  # window -> [S, 1, B * P] f32: 0, or -inf where there is nothing to see
+    workspace: Workspace
+
+
+def paged_decode_attention(
+    q: Tensor,
+    pool: Tensor,
+    layer: int,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int | None = None,
+    out: Tensor | None = None,
+    plan: DecodePlan | None = None,
+) -> Tensor:
+    """softmax(q K^T * scale) V of each sequence over its own context.
+
+    q [S, H, D]; pool [N, L, 2, G, P, D], contiguous, H a multiple of G; block_tables [S, B] i32; context_lens [S] i32,
+    the new token counted and its K and V written already; window: a query sees the last `window` keys, None: all.
+    plan: `plan_decode(...)` of these, the same for all layers of a step; None: made here. -> [S, H, D], or `out`.
+    """
+    _, num_layers, _, heads, _, head_size = pool.shape
+    assert q.ndim == 3, q.shape
+    assert q.shape[2] == head_size, (q.shape, pool.shape)
+    assert q.shape[1] % heads == 0, (q.shape, pool.shape)
+    assert block_tables.shape[0] == context_lens.shape[0] == q.shape[0], (
+        q.shape,
+        block_tables.shape,
+        context_lens.shape,
+    )
+    assert 0 <= layer < num_layers, (layer, pool.shape)
+    library = _cuda_library(pool)
+    if library is not None:
+        return _launch(library, q, pool, layer, block_tables, context_lens, scale, window, out)
+    if plan is None:
+        plan = _plan(pool, block_tables, context_lens, {window}, None)
+    result = _attend(q, pool, layer, scale, window, plan)
+    return result if out is None else out.copy_(result)
+
+
+def plan_decode(
+    pool: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    windows: Set[int | None],
+    workspace: Workspace | None = None,
+) -> DecodePlan | None:
+    """The plan of a step whose layers use these windows; None where a CUDA kernel serves, which needs none.
+
+    block_tables [S, B] i32, context_lens [S] i32.
+    """
+    if _cuda_library(pool) is not None:
+        return None
+    return _plan(pool, block_tables, context_lens, windows, workspace)
+
+
+def _plan(
+    pool: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    windows: Set[int | None],
+    workspace: Workspace | None,
+) -> DecodePlan:
+    _, num_layers, _, heads, block_tokens, _ = pool.shape
+    num_blocks = -(-int(context_lens.max()) // block_tokens)
+    first = block_tables[:, :num_blocks].long() * (num_layers * 2 * heads)
+    of_head = torch.arange(2 * heads, device=first.device).view(2, 1, heads, 1)
+    rows = (first[None, :, None, :] + of_head).reshape(-1)
+    lens = context_lens.tolist()
+    common_len = lens[0] if min(lens) == max(lens) else None
+    masks = {}
+    for window in windows:
+        if common_len is None or (window is not None and window < common_len):
+            masks[window] = _mask(context_lens, num_blocks * block_tokens, window)
+    return DecodePlan(rows, num_blocks, common_len, masks, workspace or Workspace())
+
+
+def _mask(context_lens: Tensor, width: int, window: int | None) -> Tensor:
+    position = torch.arange(width, device=context_lens.device)[None, None, :]
+    lens = context_lens[:, None, None]
+    unseen = position >= lens
+    if window is not None:
+        unseen = unseen | (position < lens - window)
+    return torch.zeros(unseen.shape, device=unseen.device).masked_fill_(unseen, float("-inf"))
+
+
+def _attend(q: Tensor, pool: Tensor, layer: int, scale: float, window: int | None, plan: DecodePlan) -> Tensor:
+    _, _, _, heads, block_tokens, head_size = pool.shape
+    num_seqs, num_heads, _ = q.shape
+    # Rows are those of layer 0; starting the view at this layer's first row moves all of them.
+    lines = pool.view(-1, block_tokens * head_size)[layer * 2 * heads :]
+    gathered = plan.workspace.take(plan.rows.shape[0], block_tokens * head_size, pool)
+    torch.index_select(lines, 0, plan.rows, out=gathered)
+    keys, values = gathered.view(2, num_seqs * heads, plan.num_blocks * block_tokens, head_size).unbind(0)
+    mask = plan.masks.get(window)
+    if mask is None:
+        keys, values = keys[:, : plan.common_len], values[:, : plan.common_len]
+    # The query heads that share a KV head become rows of one matrix: K and V are read once for all of them.
+    queries = q.reshape(num_seqs * heads, num_heads // heads, head_size)
+    if num_seqs == 1 and mask is None:
+        result = functional.scaled_dot_product_attention(queries[None], keys[None], values[None], scale=scale)
+    else:
+        scores = torch.bmm(queries, keys.transpose(1, 2)).float().mul_(scale)
+        if mask is not None:
+            scores.view(num_seqs, -1, scores.shape[-1]).add_(mask)
+        result = torch.bmm(torch.softmax(scores, -1).to(q.dtype), values)
+    return result.reshape(num_seqs, num_heads, head_size)
+
+
+def _cuda_library(pool: Tensor) -> ctypes.CDLL | None:
+    """The CUDA library where it has this op for such a pool."""
+    block_tokens, head_size = pool.shape[-2:]
+    if pool.dtype not in DTYPES or head_size not in CUDA_HEAD_SIZES or block_tokens % 16 != 0:
+        return None
+    return cuda_library(pool.device)
+
+
+def _launch(
+    library: ctypes.CDLL,
+    q: Tensor,
+    pool: Tensor,
+    layer: int,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int | None,
+    out: Tensor | None,
+) -> Tensor:
+    assert q.dtype == pool.dtype, (q.dtype, pool.dtype)
+    assert block_tables.dtype == context_lens.dtype == torch.int32, (block_tables.dtype, context_lens.dtype)
+    assert q.device == block_tables.device == context_lens.device == pool.device, (q.device, block_tables.device)
+    for tensor in (pool, block_tables, context_lens):
+        assert tensor.is_contiguous(), tensor.stride()
+    assert window is None or window > 0, window
+    q = vector_rows(q)
+    result = out if out is not None and out.is_contiguous() else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    assert result.shape == q.shape, (result.shape, q.shape)
+    assert result.dtype == q.dtype, (result.dtype, q.dtype)
+    _, num_layers, _, heads, block_tokens, head_size = pool.shape
+    library.paged_decode_attention(
+        q.data_ptr(),
+        pool.data_ptr(),
+        block_tables.data_ptr(),
+        context_lens.data_ptr(),
+        result.data_ptr(),
+        DTYPES[q.dtype],
+        q.stride(0),
+        q.shape[0],
+        q.shape[1],
+        heads,
+        head_size,
+        block_tokens,
+        num_layers,
+        layer,
+        block_tables.shape[1],
+        window or 0,
+        scale,
+        stream(q.device),
+    )
+    return result if out is None or out is result else out.copy_(result)
+
+
+def paged_attention_reference(
+    q: Tensor, pool: Tensor, layer: int, block_table: Tensor, context_len: int, scale: float, window: int | None = None
+) -> Tensor:
+    """What both attention ops mean, for one sequence whose last T tokens ask, in the precision of q.
+
+    q [T, H, D] of tokens context_len - T ... context_len - 1; block_table [B] -> [T, H, D].
+    """
+    _, _, _, heads, _, head_size = pool.shape
+    picked = pool[block_table.long(), layer].to(q.dtype)  # [B, 2, G, P, D]
+    keys, values = picked.permute(1, 2, 0, 3, 4).reshape(2, heads, -1, head_size)[:, :, :context_len]
+    repeat = q.shape[1] // heads
+    scores = torch.einsum("thd,hcd->htc", q, keys.repeat_interleave(repeat, 0)) * scale
+    asks = torch.arange(context_len - q.shape[0], context_len, device=q.device)[:, None]
+    key = torch.arange(context_len, device=q.device)[None, :]
+    unseen = key > asks if window is None else (key > asks) | (key <= asks - window)
+    weights = torch.softmax(scores.masked_fill(unseen, float("-inf")), -1)
+    return torch.einsum("htc,hcd->thd", weights, values.repeat_interleave(repeat, 0))

@@ -1,0 +1,1 @@
+"""Moves KV blocks from one rank's pool into another's. Knows geometry, not models."""

@@ -1,0 +1,59 @@
+"""A rank's KV pool as bytes: read scattered blocks into one run, write one run into scattered blocks."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..core.ids import BlockId
+from .integrity import Bytes
+
+
+class BlockPool:
+    """View of a pool tensor, [N, B] u8: N blocks of B bytes. Owns nothing; callers hold the blocks they name.
+
+    On CUDA copies run on a stream of their own, after what the caller's stream had queued when `mark` was called.
+    """
+
+    def __init__(self, pool: torch.Tensor) -> None:
+        assert pool.dtype == torch.uint8, pool.dtype
+        assert pool.ndim == 2, pool.shape
+        assert pool.is_contiguous(), pool.stride()
+        self._pool = pool
+        self._host = pool.numpy() if pool.device.type == "cpu" else None
+        cuda = pool.device.type == "cuda"
+        self._stream = torch.cuda.Stream(pool.device) if cuda else None  # type: ignore[no-untyped-call] # torch's own
+
+    @property
+    def block_bytes(self) -> int:
+        return int(self._pool.shape[1])
+
+    def mark(self) -> torch.cuda.Event | None:
+        """The point in the caller's stream after which its blocks are written. None where nothing is asynchronous."""
+        return torch.cuda.current_stream(self._pool.device).record_event() if self._stream is not None else None
+
+    def gather(self, blocks: Sequence[BlockId], after: torch.cuda.Event | None = None) -> Bytes:
+        """Copy of the blocks, [n, B] u8 contiguous, on the host."""
+        if self._stream is None or self._host is not None:
+            assert self._host is not None
+            return self._host[np.asarray(blocks, dtype=np.int64)]
+        with torch.cuda.stream(self._stream):
+            if after is not None:
+                self._stream.wait_event(after)
+            host = self._pool.index_select(0, self._ids(blocks)).to("cpu")
+        return host.numpy()
+
+    def scatter(self, blocks: Sequence[BlockId], source: Bytes) -> None:
+        """source [n, B] u8; every byte is in the pool on return."""
+        assert source.shape == (len(blocks), self.block_bytes), (source.shape, len(blocks), self.block_bytes)
+        if self._stream is None or self._host is not None:
+            assert self._host is not None
+            self._host[np.asarray(blocks, dtype=np.int64)] = source
+            return
+        with torch.cuda.stream(self._stream):
+            staged = torch.from_numpy(np.array(source)).to(self._pool.device)  # a mapped object is read-only
+            self._pool.index_copy_(0, self._ids(blocks), staged)
+        self._stream.synchronize()
+
+    def _ids(self, blocks: Sequence[BlockId]) -> torch.Tensor:
+        return torch.tensor(blocks, dtype=torch.int64, device=self._pool.device)

@@ -1,0 +1,90 @@
+"""How a rank reads blocks of a peer's pool into its own, whatever carries the bytes.
+
+What a handshake would carry travels with every ticket and piece (geometry, epochs, inboxes), so a transport needs no
+sessions: the reader's inbox names the peer.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from time import time_ns
+from typing import Protocol
+
+import torch
+
+from ..core.errors import CorruptPiece
+from ..core.ids import BlockId, TicketId
+from ..core.tickets import Piece
+from .integrity import Bytes, bad_blocks, checksums
+from .messages import Delivery, Returned
+from .pool import BlockPool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """What one finished offer or pull did. Times are Unix nanoseconds."""
+
+    num_bytes: int
+    num_blocks: int
+    start_ns: int
+    end_ns: int
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.num_bytes / max(self.end_ns - self.start_ns, 1)
+
+
+class Transport(Protocol):
+    """Lets a rank read blocks of a peer's pool into its own. Knows bytes and blocks, no more.
+
+    Futures end on the transport's own threads. Until one is done, the blocks it was given are in use.
+    """
+
+    name: str
+
+    def offer(self, piece: Piece, blocks: Sequence[BlockId], reader: str) -> "Future[Moved]":
+        """Source side: make the blocks readable, fill in the piece's checksums and announce it at the inbox `reader`.
+
+        Done when the reader's rank has the announcement. Fails with TransferFailed; then nothing can be read. The
+        caller keeps the blocks unchanged until it is done, and calls `withdraw` in every case.
+        """
+
+    def pull(self, delivery: Delivery, into: Sequence[BlockId]) -> "Future[Moved]":
+        """Reader side: copy the announced piece's blocks into ours, in order, and verify them.
+
+        Fails with CorruptPiece (after reading twice) or TransferFailed: then only `into` holds garbage. Cancelling it
+        before it has begun leaves `into` as it was. Pulling twice is harmless.
+        """
+
+    def withdraw(self, ticket_id: TicketId) -> None:
+        """Source side: nothing of this ticket is offered any more; frees what the transport keeps for it.
+
+        To be called once the ticket's offers are done. Unknown tickets change nothing.
+        """
+
+    def tell(self, inbox: str, message: Returned) -> None:
+        """Best effort, never blocks, never raises: the source's lease covers a message that is lost."""
+
+    def living(self) -> int:
+        """Objects of the transport that still keep offered bytes, for the ledger dump."""
+
+
+def read(
+    pool: BlockPool, piece: Piece, blocks: Sequence[BlockId], after: torch.cuda.Event | None
+) -> tuple[Piece, Bytes]:
+    """The bytes of an offer, [n, B] u8, and the piece with its checksums."""
+    data = pool.gather(blocks, after)
+    return replace(piece, checksums=checksums(piece.ticket_id, piece.blocks, data)), data
+
+
+def write_verified(pool: BlockPool, piece: Piece, data: Bytes, into: Sequence[BlockId]) -> None:
+    """Raises CorruptPiece, and then has written nothing."""
+    bad = bad_blocks(piece.ticket_id, piece.blocks, data, piece.checksums)
+    if bad:
+        raise CorruptPiece(f"{len(bad)} of {len(piece.blocks)} KV blocks arrived damaged (first: {bad[0]})")
+    if into:
+        pool.scatter(into, data)
+
+
+def moved(num_bytes: int, num_blocks: int, start_ns: int) -> Moved:
+    return Moved(num_bytes=num_bytes, num_blocks=num_blocks, start_ns=start_ns, end_ns=time_ns())

@@ -1,0 +1,32 @@
+"""The step loop process of a prefill worker."""
+
+from ..kv_transfer.inbox import Inbox
+from ..kv_transfer.ray_store import RayStoreTransport
+from ..worker.config import WorkerConfig
+from ..worker.lending import Lending
+from ..worker.rank import MakeTransport, start
+from .role import PrefillRole
+
+
+def run(config: WorkerConfig, inbox: Inbox, make_transport: MakeTransport = RayStoreTransport) -> None:
+    """Until the service says stop. Blocks; see worker/config.py. Raises ConfigError for what a person must mend."""
+    with start(config, inbox, make_transport) as rank:
+        lending = Lending(
+            rank.engine.ledger,
+            rank.transport,
+            rank.engine.geometry,
+            rank.identity,
+            config.lease_s,
+            inbox.wakeup.ring,
+        )
+        role = PrefillRole(
+            rank.engine,
+            lending,
+            rank.outbox,
+            rank.reporter,
+            rank.limits,
+            step_tokens=config.step_tokens,
+            ticket_timeout_s=config.handover_timeout_s,
+            transport_name=rank.transport.name,
+        )
+        rank.run(role)

@@ -1,0 +1,108 @@
+"""One answer: from what workers send to what a client reads, each token once and in order. No I/O, no clock.
+
+    tokens by position, from two links, any of them twice        [0, next) given on | held | not here yet
+      -> in order, exactly once -> detokenised -> cut at a stop string -> deltas
+
+A second try at the answer starts again at position 0; sampling is keyed by position, so it repeats what was given on.
+That is checked, token by token, and nothing of it is given on again.
+"""
+
+from collections.abc import Callable, Iterable
+
+from ..core.errors import WorkerLost
+from ..core.request import FinishReason, Sampling, SequenceTokens, TokenLogprobs
+from ..text.streaming import AnswerText
+from .records import Delta
+
+
+class Answer:
+    """The state of one answer. Holds back at most `max_tokens` tokens."""
+
+    def __init__(self, sampling: Sampling, text: AnswerText, emit: Callable[[Delta], None]) -> None:
+        self.finished: FinishReason | None = None
+        self.cached_tokens = 0  # prompt tokens that prefill did not compute
+        self._sampling = sampling
+        self._text = text
+        self._emit = emit
+        self._given: list[int] = []
+        self._held: dict[int, tuple[int, TokenLogprobs | None]] = {}
+        self._end: tuple[int, FinishReason] | None = None  # (number of tokens, why), once a worker has told
+
+    @property
+    def tokens(self) -> int:
+        """How many were given on."""
+        return len(self._given)
+
+    def restart(self) -> None:
+        """Another pair of workers begins again."""
+        self._held.clear()
+        self._end = None
+
+    def take(self, news: Iterable[SequenceTokens], end: FinishReason | None) -> None:
+        """What one frame says of this answer; `end`: the last token that its worker ever sends is among them, or came
+        before. Gives on what is now in order, as one delta.
+
+        Raises WorkerLost when a worker contradicts what was given on, or ends before any token.
+        """
+        if self.finished:
+            return
+        for tokens in news:
+            self._hold(tokens)
+        if end is not None:
+            last = max(self._held, default=len(self._given) - 1)
+            if last < 0:
+                raise WorkerLost("a worker ended the answer before its first token")
+            self._end = (last + 1, end)
+        self._give()
+
+    def finish(self, reason: FinishReason) -> None:
+        """Ends the answer where it stands; does nothing when it has ended. Text that was held back is not given."""
+        if self.finished is None:
+            self.finished = reason
+            self._emit(Delta(index=self._sampling.branch, finish=reason))
+
+    def _hold(self, tokens: SequenceTokens) -> None:
+        logprobs: tuple[TokenLogprobs | None, ...] = tokens.logprobs or (None,) * len(tokens.token_ids)
+        position = tokens.first_position
+        if position == 0 and not self._given:
+            self.cached_tokens = tokens.cached_tokens
+        for token, entry in zip(tokens.token_ids, logprobs, strict=True):
+            if position < len(self._given):
+                if self._given[position] != token:
+                    raise WorkerLost("a worker was lost, and another could not continue its answer exactly")
+            elif position < self._sampling.max_tokens:
+                self._held.setdefault(position, (token, entry))
+            position += 1
+
+    def _give(self) -> None:
+        text: list[str] = []
+        ids: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        while self.finished is None and (held := self._held.pop(len(self._given), None)) is not None:
+            token, entry = held
+            self._given.append(token)
+            ids.append(token)
+            if self._sampling.logprobs is not None and entry is not None:
+                logprobs.append(entry)
+            part = self._text.push((token,))
+            text.append(part.text)
+            if part.stopped:
+                self.finished = FinishReason.STOP
+            elif len(self._given) == self._sampling.max_tokens:
+                self.finished = FinishReason.LENGTH
+        if self.finished is None and self._end is not None and len(self._given) >= self._end[0]:
+            self.finished = self._end[1]
+        if self.finished:
+            rest = self._text.flush()
+            text.append(rest.text)
+            self.finished = FinishReason.STOP if rest.stopped else self.finished
+        if ids or self.finished:
+            self._emit(
+                Delta(
+                    index=self._sampling.branch,
+                    text="".join(text),
+                    token_ids=tuple(ids),
+                    logprobs=tuple(logprobs),
+                    finish=self.finished,
+                )
+            )

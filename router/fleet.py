@@ -1,0 +1,484 @@
+"""The live workers: who is linked, how busy each is, whose turn it is to be placed.
+
+A worker's load is what its last frame said, less what this router has claimed since: a claim counts until the worker
+has shown, by its ticket or its first token, that it has counted it itself. Requests that find no room wait in order of
+arrival, so that a large one is not passed by small ones for ever.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+from ..core.errors import BatonError, Overloaded, Unavailable
+from ..core.frames import Command, HandOver, Release, WorkerFrame
+from ..core.ids import SequenceId, WorkerId
+from ..core.request import Load, Request
+from ..core.tickets import Ticket
+from ..wire.registry import WorkerRecord
+from .placement import Need, Placement, Role, WorkerView, place
+from .seats import Line, Member, TakenSeat
+from .validation import ModelLimits
+from .workers import Listener, News, Seats
+
+log = logging.getLogger(__name__)
+
+
+OpenLine: TypeAlias = Callable[[WorkerRecord, Callable[[WorkerFrame], None], Callable[[bool], None]], Line]
+"""(worker, on_frame, on_state) -> a line that is not started yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    name: str
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    fingerprint: str
+
+
+class Fleet:
+    """All workers of one model. One event loop."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        open_line: OpenLine,
+        max_waiting: int,
+        wait_s: float,
+        on_change: Callable[[], None] = lambda: None,
+        on_queue: Callable[[int], None] = lambda waiting: None,
+    ) -> None:
+        """`wait_s`: the longest that a request waits for room. `on_change`: a worker came or went, or drains.
+        `on_queue`: so many requests wait."""
+        self._model = model
+        self._open_line = open_line
+        self._max_waiting = max_waiting
+        self._wait_s = wait_s
+        self._on_change = on_change
+        self._on_queue = on_queue
+        self._members: dict[WorkerId, Member] = {}
+        self._listed: Mapping[WorkerId, WorkerRecord] = {}
+        self._served: ServedModel | None = None
+        self._waiting: deque[tuple[Need, asyncio.Future[Seats]]] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def served(self) -> ServedModel | None:
+        """The model as its workers describe it; None before the first one came."""
+        return self._served
+
+    def limits(self) -> ModelLimits:
+        """Raises Unavailable before the first worker came."""
+        if self._served is None:
+            raise Unavailable("no worker has come yet; try again soon")
+        served = self._served
+        return ModelLimits(name=served.name, max_model_len=served.max_model_len, vocab_size=served.vocab_size)
+
+    @property
+    def ready(self) -> bool:
+        """A prefill and a decode worker that understand each other are linked and take requests."""
+        fingerprints = [
+            {view.fingerprint for view in self.views() if view.role is role and not view.draining} for role in Role
+        ]
+        return bool(fingerprints[0] & fingerprints[1])
+
+    def linked(self, role: Role) -> int:
+        return sum(view.role is role for view in self.views())
+
+    def views(self) -> list[WorkerView]:
+        return [member.view() for member in self._members.values() if member.linked]
+
+    def update(self, records: Mapping[WorkerId, WorkerRecord]) -> None:
+        """What the registry lists now. A worker that it no longer lists stays while its link is open: the link is the
+        truth, not a lease."""
+        self._listed = {key: record for key, record in records.items() if record.model == self._model}
+        for worker_id, record in self._listed.items():
+            known = self._members.get(worker_id)
+            if known is not None and (known.record.epoch, known.record.address) == (record.epoch, record.address):
+                continue
+            if known is not None:
+                self._drop(known)
+            self._add(record)
+        for member in list(self._members.values()):
+            if member.record.worker_id not in self._listed and not member.linked:
+                self._drop(member)
+        self._describe()
+
+    async def seats(self, need: Need) -> Seats:
+        """See workers.Workers."""
+        if not self._waiting:
+            placed = place(need, self.views())
+            if isinstance(placed, Placement):
+                return self._claim(placed, need)
+        if len(self._waiting) >= self._max_waiting:
+            raise Overloaded(f"{self._max_waiting} requests wait for a worker, which is the most; try again soon")
+        found: asyncio.Future[Seats] = asyncio.get_running_loop().create_future()
+        entry = (need, found)
+        self._waiting.append(entry)
+        self.reconsider()
+        try:
+            self._on_queue(len(self._waiting))
+            async with asyncio.timeout(self._wait_s):
+                return await found
+        except BaseException as error:
+            if found.done() and not found.cancelled():
+                found.result().release()  # it was given at the very moment
+            if isinstance(error, TimeoutError):
+                raise self._no_room(need) from None
+            raise
+        finally:
+            found.cancel()
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+            self._on_queue(len(self._waiting))
+            self.reconsider()  # the next in line may need less
+
+    def reconsider(self) -> None:
+        """Gives seats to those who wait, in their order, up to the first for whom there is no room."""
+        for entry in list(self._waiting):
+            need, found = entry
+            if found.done():
+                continue
+            placed = place(need, self.views())
+            if isinstance(placed, Placement):
+                self._waiting.remove(entry)
+                found.set_result(self._claim(placed, need))
+            elif placed.full:
+                return
+
+    async def close(self) -> None: ...
+
+
+OpenLine: TypeAlias = Callable[[WorkerRecord, Callable[[WorkerFrame], None], Callable[[bool], None]], Line]
+"""(worker, on_frame, on_state) -> a line that is not started yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    name: str
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    fingerprint: str
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """One worker in one of its lives."""
+
+    record: WorkerRecord
+    line: Line | None = None
+    linked: bool = False
+    load: Load | None = None  # None: no frame has told yet
+    seats: "set[_Seat]" = field(default_factory=set)
+    by_sequence: "dict[SequenceId, _Seat]" = field(default_factory=dict)
+
+    @property
+    def role(self) -> Role:
+        return Role(self.record.role)
+
+    def view(self) -> WorkerView:
+        record, load = self.record, self.load or Load(free_blocks=self.record.num_blocks)
+        uncounted = [seat for seat in self.seats if not seat.counted]
+        return WorkerView(
+            worker_id=record.worker_id,
+            role=self.role,
+            fingerprint=record.fingerprint,
+            block_tokens=record.block_tokens,
+            total_blocks=record.num_blocks,
+            free_blocks=load.free_blocks - sum(seat.blocks for seat in uncounted),
+            waiting_tokens=max(load.waiting_tokens, sum(seat.prompt_tokens for seat in uncounted)),
+            sequences=max(load.running + load.waiting, len(self.seats)),
+            draining=load.draining,
+        )
+
+
+class _Seat:
+    """See workers.Seat."""
+
+    def __init__(self, fleet: "Fleet", member: Member, need: Need) -> None:
+        prefill = member.role is Role.PREFILL
+        tokens = need.prompt_tokens if prefill else need.prompt_tokens + need.max_tokens
+        self.blocks = -(-tokens // member.record.block_tokens)
+        self.prompt_tokens = need.prompt_tokens
+        self.counted = False  # the worker's load has it
+        self.heard = False  # the worker has shown that it knows of it
+        self._fleet = fleet
+        self._member = member
+        self._sequence: SequenceId | None = None  # while the worker has it
+        self._listener: Listener | None = None
+        member.seats.add(self)
+
+    @property
+    def worker_id(self) -> WorkerId:
+        return self._member.record.worker_id
+
+    def admit(self, request: Request, listener: Listener) -> None:
+        self._send(request)
+        self._sequence = request.sequence_id
+        self._listener = listener
+        self._member.by_sequence[request.sequence_id] = self
+
+    def hand_over(self, ticket: Ticket) -> None:
+        if self._sequence is not None:
+            self._send(HandOver(sequence_id=self._sequence, ticket=ticket))
+
+    def release(self) -> None:
+        if self not in self._member.seats:
+            return
+        self._member.seats.discard(self)
+        self._listener = None
+        sequence = self._forget()
+        if sequence is not None:
+            self._fleet.send_release(self._member, Release(sequence_id=sequence))
+        self._fleet.reconsider()
+
+    def tell(self, news: News) -> None:
+        """From the fleet: what a frame says, or that the link closed."""
+        listener = self._listener
+        if news.ended is not None or news.lost:
+            self._forget()
+        if listener is not None:
+            listener(news)
+
+    def _forget(self) -> SequenceId | None:
+        sequence, self._sequence = self._sequence, None
+        if sequence is not None:
+            self._member.by_sequence.pop(sequence, None)
+        return sequence
+
+    def _send(self, command: Command) -> None:
+        if not self._member.linked or self._member.line is None:
+            raise Unavailable("the link to the worker closed")
+        self._member.line.send(command)
+
+
+class Fleet:
+    """All workers of one model. One event loop."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        open_line: OpenLine,
+        max_waiting: int,
+        wait_s: float,
+        on_change: Callable[[], None] = lambda: None,
+        on_queue: Callable[[int], None] = lambda waiting: None,
+    ) -> None:
+        """`wait_s`: the longest that a request waits for room. `on_change`: a worker came or went, or drains.
+        `on_queue`: so many requests wait."""
+        self._model = model
+        self._open_line = open_line
+        self._max_waiting = max_waiting
+        self._wait_s = wait_s
+        self._on_change = on_change
+        self._on_queue = on_queue
+        self._members: dict[WorkerId, Member] = {}
+        self._listed: Mapping[WorkerId, WorkerRecord] = {}
+        self._served: ServedModel | None = None
+        self._waiting: deque[tuple[Need, asyncio.Future[Seats]]] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def served(self) -> ServedModel | None:
+        """The model as its workers describe it; None before the first one came."""
+        return self._served
+
+    def limits(self) -> ModelLimits:
+        """Raises Unavailable before the first worker came."""
+        if self._served is None:
+            raise Unavailable("no worker has come yet; try again soon")
+        served = self._served
+        return ModelLimits(name=served.name, max_model_len=served.max_model_len, vocab_size=served.vocab_size)
+
+    @property
+    def ready(self) -> bool:
+        """A prefill and a decode worker that understand each other are linked and take requests."""
+        fingerprints = [
+            {view.fingerprint for view in self.views() if view.role is role and not view.draining} for role in Role
+        ]
+        return bool(fingerprints[0] & fingerprints[1])
+
+    def linked(self, role: Role) -> int:
+        return sum(view.role is role for view in self.views())
+
+    def views(self) -> list[WorkerView]:
+        return [member.view() for member in self._members.values() if member.linked]
+
+    def update(self, records: Mapping[WorkerId, WorkerRecord]) -> None:
+        """What the registry lists now. A worker that it no longer lists stays while its link is open: the link is the
+        truth, not a lease."""
+        self._listed = {key: record for key, record in records.items() if record.model == self._model}
+        for worker_id, record in self._listed.items():
+            known = self._members.get(worker_id)
+            if known is not None and (known.record.epoch, known.record.address) == (record.epoch, record.address):
+                continue
+            if known is not None:
+                self._drop(known)
+            self._add(record)
+        for member in list(self._members.values()):
+            if member.record.worker_id not in self._listed and not member.linked:
+                self._drop(member)
+        self._describe()
+
+    async def seats(self, need: Need) -> Seats:
+        """See workers.Workers."""
+        if not self._waiting:
+            placed = place(need, self.views())
+            if isinstance(placed, Placement):
+                return self._claim(placed, need)
+        if len(self._waiting) >= self._max_waiting:
+            raise Overloaded(f"{self._max_waiting} requests wait for a worker, which is the most; try again soon")
+        found: asyncio.Future[Seats] = asyncio.get_running_loop().create_future()
+        entry = (need, found)
+        self._waiting.append(entry)
+        self.reconsider()
+        try:
+            self._on_queue(len(self._waiting))
+            async with asyncio.timeout(self._wait_s):
+                return await found
+        except BaseException as error:
+            if found.done() and not found.cancelled():
+                found.result().release()  # it was given at the very moment
+            if isinstance(error, TimeoutError):
+                raise self._no_room(need) from None
+            raise
+        finally:
+            found.cancel()
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+            self._on_queue(len(self._waiting))
+            self.reconsider()  # the next in line may need less
+
+    def reconsider(self) -> None:
+        """Gives seats to those who wait, in their order, up to the first for whom there is no room."""
+        for entry in list(self._waiting):
+            need, found = entry
+            if found.done():
+                continue
+            placed = place(need, self.views())
+            if isinstance(placed, Placement):
+                self._waiting.remove(entry)
+                found.set_result(self._claim(placed, need))
+            elif placed.full:
+                return
+
+    def send_release(self, member: Member, release: Release) -> None:
+        """Sends it now or as soon as the line takes it. A line that is lost has released everything."""
+        if not member.linked or member.line is None:
+            return
+        try:
+            member.line.send(release)
+        except Overloaded:
+            loop = asyncio.get_running_loop()
+            loop.call_later(RESEND_S, self.send_release, member, release)
+        except BatonError:
+            log.debug("the link to %s closed before a release", member.record.worker_id)
+
+    async def close(self) -> None:
+        """Closes every link; the workers release what came over them."""
+        lines = [member.line for member in self._members.values() if member.line]
+        for member in list(self._members.values()):
+            self._drop(member)
+        await asyncio.gather(*(line.close() for line in lines), *self._tasks)
+
+    def _claim(self, placement: Placement, need: Need) -> Seats:
+        decode = None if placement.decode is None else TakenSeat(self._members[placement.decode], need)
+        prefill = TakenSeat(self._members[placement.prefill], need)
+        return Seats(placement=placement, prefill=prefill, decode=decode)
+
+    def _no_room(self, need: Need) -> BatonError:
+        placed = place(need, self.views())
+        if isinstance(placed, Placement):
+            return Overloaded(f"no worker had room within {self._wait_s:g} s: others were first")
+        kind = Overloaded if placed.full else Unavailable
+        return kind(f"no worker had room within {self._wait_s:g} s: {placed.reason}")
+
+    def _add(self, record: WorkerRecord) -> None:
+        member = Member(record, self.reconsider)
+        self._members[record.worker_id] = member
+        member.line = self._open_line(
+            record, lambda frame: self._on_frame(member, frame), lambda linked: self._on_state(member, linked)
+        )
+        self._begin(member.line.start())
+
+    def _drop(self, member: Member) -> None:
+        if self._members.get(member.record.worker_id) is member:
+            del self._members[member.record.worker_id]
+        if member.linked:
+            self._on_state(member, False)
+        if member.line is not None:
+            self._begin(member.line.close())
+
+    def _begin(self, chore: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(chore)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _on_state(self, member: Member, linked: bool) -> None:
+        if member.linked == linked:
+            return
+        member.linked = linked
+        member.load = None
+        record = member.record
+        log.info("%s worker %s %s", record.role, record.worker_id, "linked" if linked else "lost")
+        if not linked:
+            for seat in list(member.seats):
+                seat.tell(News(lost=True))
+            if record.worker_id not in self._listed and self._members.get(record.worker_id) is member:
+                self._drop(member)
+        self._on_change()
+        self.reconsider()
+
+    def _on_frame(self, member: Member, frame: WorkerFrame) -> None:
+        spoken = _by_sequence(frame)
+        for sequence, news in spoken.items():
+            seat = member.by_sequence.get(sequence)
+            if seat is not None and (news.ticket is not None or news.tokens):
+                seat.heard = True
+        if frame.load is not None:
+            drains = member.load is not None and member.load.draining != frame.load.draining
+            member.load = frame.load
+            for seat in member.seats:
+                seat.counted = seat.heard
+            if drains or frame.load.draining:
+                self._on_change()
+        for sequence, news in spoken.items():
+            seat = member.by_sequence.get(sequence)
+            if seat is not None:
+                seat.tell(news)
+        if frame.load is not None:
+            self.reconsider()
+
+    def _describe(self) -> None:
+        """The model, as all of its workers can serve it."""
+        records = list(self._listed.values())
+        if not records:
+            return  # the last known answers on
+        first = records[0]
+        self._served = ServedModel(
+            name=self._model,
+            max_model_len=min(min(record.max_model_len, record.num_blocks * record.block_tokens) for record in records),
+            vocab_size=min(record.vocab_size for record in records),
+            dtype=first.dtype,
+            fingerprint=first.fingerprint,
+        )
+
+
+def _by_sequence(frame: WorkerFrame) -> dict[SequenceId, News]:
+    """A frame, turned: for each sequence all that is said of it."""
+    said: dict[SequenceId, News] = {}
+    nothing = News()
+    for granted in frame.tickets:
+        said[granted.sequence_id] = replace(said.get(granted.sequence_id, nothing), ticket=granted.ticket)
+    for tokens in frame.tokens:
+        before = said.get(tokens.sequence_id, nothing)
+        said[tokens.sequence_id] = replace(before, tokens=(*before.tokens, tokens))
+    for ended in frame.ended:
+        said[ended.sequence_id] = replace(said.get(ended.sequence_id, nothing), ended=ended)
+    return said

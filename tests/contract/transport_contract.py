@@ -1,0 +1,146 @@
+"""What every transport promises. A suite per transport inherits `TransportContract` and says how to make two ends."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from baton.core.errors import CorruptPiece, TransferFailed
+from baton.core.ids import BlockId, Epoch, SequenceId, TicketId, WorkerId
+from baton.core.tickets import Geometry, Piece
+from baton.kv_transfer.inbox import Inbox
+from baton.kv_transfer.messages import Delivery, Returned
+from baton.kv_transfer.transport import Transport
+
+GEOMETRY = Geometry(num_layers=1, num_kv_heads=1, head_size=16, block_tokens=16, dtype="float32", fingerprint="any")
+BLOCKS, WAIT_S = 8, 60.0
+
+
+@dataclass
+class End:
+    name: str
+    pool: torch.Tensor
+    transport: Transport
+    inbox: Inbox
+
+    def next_delivery(self) -> Delivery:
+        """Waits for a message."""
+        import select
+
+        poll = select.poll()
+        poll.register(self.inbox.wakeup.fd, select.POLLIN)
+        while True:
+            found = self.inbox.drain()
+            if found:
+                assert len(found) == 1
+                return found[0]
+            assert poll.poll(WAIT_S * 1000), "no message came"
+            self.inbox.wakeup.clear()
+
+
+def fresh_pool() -> torch.Tensor:
+    return torch.zeros(BLOCKS, GEOMETRY.block_bytes, dtype=torch.uint8)
+
+
+def piece(indices: tuple[int, ...], last: bool = True) -> Piece:
+    return Piece(
+        ticket_id=TicketId("t"),
+        sequence_id=SequenceId("s/0"),
+        reader_epoch=Epoch(1),
+        source=WorkerId("P"),
+        source_epoch=Epoch(1),
+        source_inbox="P",
+        blocks=indices,
+        checksums=(),
+        geometry=GEOMETRY,
+        last=last,
+        first_token=4 if last else None,
+    )
+
+
+def ids(*blocks: int) -> list[BlockId]:
+    return [BlockId(block) for block in blocks]
+
+
+class TransportContract(ABC):
+    @pytest.fixture
+    @abstractmethod
+    def ends(self) -> tuple[End, End]:
+        """Source and reader, named as inboxes are."""
+
+    def test_scattered_blocks_arrive_in_order_and_touch_nothing_else(self, ends: tuple[End, End]) -> None:
+        source, reader = ends
+        source.pool[:] = torch.arange(BLOCKS, dtype=torch.uint8)[:, None] + 1
+        offered = source.transport.offer(piece((2, 3, 6)), ids(5, 0, 7), reader.name).result(WAIT_S)
+        assert offered.num_blocks == 3
+        assert offered.num_bytes == 3 * GEOMETRY.block_bytes
+        delivery = reader.next_delivery()
+        assert isinstance(delivery.message, Piece)
+        assert len(delivery.message.checksums) == 3
+        assert replace(delivery.message, checksums=()) == piece((2, 3, 6))
+        pulled = reader.transport.pull(delivery, ids(1, 6, 2)).result(WAIT_S)
+        assert pulled.num_bytes == 3 * GEOMETRY.block_bytes
+        assert pulled.end_ns >= pulled.start_ns
+        assert reader.pool[:, 0].tolist() == [0, 6, 8, 0, 0, 0, 1, 0]
+        assert bool((reader.pool == reader.pool[:, :1]).all())
+        source.transport.withdraw(TicketId("t"))
+
+    def test_what_is_offered_is_a_snapshot_and_may_be_read_twice(self, ends: tuple[End, End]) -> None:
+        source, reader = ends
+        source.pool[3] = 9
+        source.transport.offer(piece((0,)), ids(3), reader.name).result(WAIT_S)
+        source.pool[3] = 1
+        delivery = reader.next_delivery()
+        for _ in range(2):
+            reader.transport.pull(delivery, ids(4)).result(WAIT_S)
+            assert bool((reader.pool[4] == 9).all())
+        source.transport.withdraw(TicketId("t"))
+
+    def test_a_piece_without_blocks_carries_its_first_token(self, ends: tuple[End, End]) -> None:
+        source, reader = ends
+        source.transport.offer(piece(()), [], reader.name).result(WAIT_S)
+        delivery = reader.next_delivery()
+        assert isinstance(delivery.message, Piece)
+        assert delivery.message.first_token == 4
+        assert reader.transport.pull(delivery, []).result(WAIT_S).num_bytes == 0
+        source.transport.withdraw(TicketId("t"))
+
+    def test_a_wrong_checksum_fails_the_pull_and_writes_nothing(self, ends: tuple[End, End]) -> None:
+        source, reader = ends
+        source.pool[:] = 7
+        source.transport.offer(piece((0, 1)), ids(1, 2), reader.name).result(WAIT_S)
+        delivery = reader.next_delivery()
+        assert isinstance(delivery.message, Piece)
+        first, second = delivery.message.checksums
+        damaged = replace(delivery.message, checksums=(first, second ^ 1))
+        with pytest.raises(CorruptPiece):
+            reader.transport.pull(Delivery(damaged, delivery.handles), ids(1, 2)).result(WAIT_S)
+        assert not bool(reader.pool.any())
+        source.transport.withdraw(TicketId("t"))
+
+    def test_an_offer_to_nobody_fails_and_keeps_nothing(self, ends: tuple[End, End]) -> None:
+        source, _ = ends
+        with pytest.raises(TransferFailed):
+            source.transport.offer(piece((0,)), ids(1), "nobody").result(WAIT_S)
+        assert source.transport.living() == 0
+
+    def test_offered_bytes_live_until_they_are_withdrawn(self, ends: tuple[End, End]) -> None:
+        source, reader = ends
+        source.transport.offer(piece((0,), last=False), ids(1), reader.name).result(WAIT_S)
+        reader.next_delivery()
+        source.transport.offer(piece((1,)), ids(2), reader.name).result(WAIT_S)
+        reader.next_delivery()
+        assert source.transport.living() == 2
+        source.transport.withdraw(TicketId("another"))
+        assert source.transport.living() == 2
+        source.transport.withdraw(TicketId("t"))
+        source.transport.withdraw(TicketId("t"))
+        assert source.transport.living() == 0
+
+    def test_the_reader_can_tell_the_source(self, ends: tuple[End, End]) -> None:
+        source, reader = ends
+        message = Returned(ticket_id=TicketId("t"), sequence_id=SequenceId("s/0"), source_epoch=Epoch(1))
+        reader.transport.tell("nobody", message)
+        reader.transport.tell(source.name, message)
+        assert source.next_delivery().message == message

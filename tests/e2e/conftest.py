@@ -1,0 +1,35 @@
+"""One cluster for all end-to-end tests that need nothing special: float32, with an OTLP receiver beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from baton.v1 import inference_pb2_grpc
+
+from .cluster import ROOT, Cluster, serve
+from .otlp import Receiver
+
+MODEL = ROOT / "models" / "baton-docs-6m"
+
+
+@pytest.fixture(scope="session")
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    flags = ["--model", str(MODEL), "--dtype", "float32", "--otlp-endpoint", f"http://{receiver.address}"]
+    with serve(folder, *flags) as running:
+        yield running
+
+
+@pytest.fixture
+def stub(cluster: Cluster) -> Iterator[inference_pb2_grpc.InferenceServiceStub]:
+    with grpc.insecure_channel(cluster.grpc_address) as channel:
+        yield inference_pb2_grpc.InferenceServiceStub(channel)

@@ -1,0 +1,167 @@
+"""Greedy answers in float32 equal those of transformers' generate, token for token."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from baton.core.ids import SequenceId
+from baton.core.request import Sampling
+from baton.engine.engine import Engine
+from baton.engine.sequence import Sequence
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 500000.0,
+}
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("Llama", {}),
+    ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 2}),
+    ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+    ("Llama", {"rope_parameters": LLAMA3}),
+    ("Llama", {"rope_parameters": YARN}),
+    ("Mistral", {"sliding_window": None}),
+    ("Mistral", {"sliding_window": 24}),
+    ("Qwen2", {}),
+    ("Qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}),
+    ("Qwen3", {}),
+    ("Qwen3", {"attention_bias": True, "head_dim": 16, "tie_word_embeddings": True}),
+]
+
+
+def prompts(count: int, longest: int, seed: int = 0) -> list[tuple[int, ...]]:
+    numbers = random.Random(seed)
+    return [tuple(numbers.randrange(2, 211) for _ in range(numbers.randint(1, longest))) for _ in range(count)]
+
+
+def reference(path: Path, prompt: tuple[int, ...], new_tokens: int) -> list[int]:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.inference_mode():
+        ids = torch.tensor([prompt])
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens)
+    answer: list[int] = found[0, len(prompt) :].tolist()
+    return answer
+
+
+def sequence(index: int, prompt: tuple[int, ...], new_tokens: int) -> Sequence:
+    return Sequence(SequenceId(f"r/{index}"), prompt, Sampling(max_tokens=new_tokens, temperature=0.0))
+
+
+def run(engine: Engine, sequences: list[Sequence], chunk: int, join_every: int = 1) -> list[list[int]]:
+    """All of them, a new one joining every few steps, prompts in chunks beside those that decode."""
+    waiting, running, steps = list(sequences), [], 0
+    while waiting or running:
+        if waiting and steps % join_every == 0:
+            joined = waiting.pop(0)
+            engine.start(joined, joined.max_length)
+            running.append(joined)
+        decode = [seq for seq in running if seq.remaining == 1 and seq.tokens]
+        prefill = [(seq, min(chunk, seq.remaining)) for seq in running if seq not in decode]
+        engine.step(prefill, decode)
+        for seq in [seq for seq in running if seq.end_reason()]:
+            engine.finish(seq)
+            running.remove(seq)
+        steps += 1
+    engine.ledger.check()
+    assert engine.ledger.held_count == 0
+    return [seq.tokens for seq in sequences]
+
+
+@pytest.mark.parametrize(("family", "changes"), KINDS, ids=str)
+def test_each_family_answers_like_transformers(
+    family: str, changes: dict[str, Any], checkpoint: Callable[..., Path], build: Callable[..., Engine]
+) -> None:
+    asked = prompts(3, 90)
+    expected = [reference(checkpoint(family, **changes), prompt, 24) for prompt in asked]
+    engine = build(family, **changes)
+    assert run(engine, [sequence(i, prompt, 24) for i, prompt in enumerate(asked)], chunk=32) == expected
+
+
+@pytest.fixture(scope="module")
+def answers(checkpoint: Callable[..., Path]) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Sixteen prompts, of 1 to 700 tokens, and what transformers answers."""
+    asked = [*prompts(13, 60, seed=1), *prompts(2, 300, seed=2), prompts(1, 1, seed=3)[0] * 700]
+    return [(prompt, reference(checkpoint("Llama"), prompt, 16)) for prompt in asked]
+
+
+@pytest.mark.parametrize(
+    ("chunk", "join_every", "block_tokens"), [(16, 1, 16), (37, 2, 16), (128, 1, 32), (512, 3, 16)]
+)
+def test_chunks_and_batches_change_nothing(
+    chunk: int, join_every: int, block_tokens: int, answers: list[Any], build: Callable[..., Engine]
+) -> None:
+    engine = build(num_blocks=160, block_tokens=block_tokens)
+    sequences = [sequence(i, prompt, 16) for i, (prompt, _) in enumerate(answers)]
+    assert run(engine, sequences, chunk, join_every) == [answer for _, answer in answers]
+
+
+def test_a_cached_prefix_changes_nothing(answers: list[Any], build: Callable[..., Engine]) -> None:
+    engine = build(num_blocks=160)
+    for _ in range(2):
+        sequences = [sequence(i, prompt, 16) for i, (prompt, _) in enumerate(answers)]
+        assert run(engine, sequences, chunk=64) == [answer for _, answer in answers]
+    again = sequence(0, answers[15][0], 16)
+    assert engine.start(again, again.max_length) == 688  # of 700: full blocks, and at least one token is left
+    engine.finish(again)
+
+
+def test_the_next_turn_of_a_conversation_finds_the_answer_cached(
+    checkpoint: Callable[..., Path], build: Callable[..., Engine]
+) -> None:
+    engine = build()
+    first = sequence(0, prompts(1, 60, seed=4)[0], 40)
+    run(engine, [first], chunk=64)
+    prompt = (*first.prompt, *first.tokens, 5, 6, 7)
+    second = sequence(1, prompt, 12)
+    cached = engine.start(second, second.max_length)
+    assert cached == (len(first.prompt) + 39) // 16 * 16  # the last token was never fed back
+    engine.finish(second)
+    assert run(engine, [sequence(2, prompt, 12)], chunk=64) == [reference(checkpoint("Llama"), prompt, 12)]
+
+
+def test_kv_copied_into_another_engine_continues_the_answer(answers: list[Any], build: Callable[..., Engine]) -> None:
+    prompt, expected = answers[13]
+    source, reader = build(), build()
+    there = sequence(0, prompt, 16)
+    source.start(there, len(prompt))
+    while not there.tokens:
+        source.step([(there, min(64, there.remaining))], [])
+    here = sequence(0, prompt, 16)
+    assert reader.start(here, here.max_length, whole_prompt=True) == 0
+    for mine, theirs in zip(here.blocks, there.blocks, strict=False):
+        reader.kv_cache.block_bytes_view[mine] = source.kv_cache.block_bytes_view[theirs]
+    reader.commit(here, len(prompt))
+    here.append(there.tokens[0])
+    while here.end_reason() is None:
+        reader.step([], [here])
+    assert here.tokens == expected
+
+
+def test_a_sequence_replayed_with_its_tokens_continues_the_same(
+    answers: list[Any], build: Callable[..., Engine]
+) -> None:
+    prompt, expected = answers[0]
+    engine = build()
+    replayed = sequence(0, prompt, 16)
+    for token in expected[:9]:
+        replayed.append(token)
+    engine.start(replayed, replayed.max_length)
+    engine.step([(replayed, replayed.remaining)], [])
+    while replayed.end_reason() is None:
+        engine.step([], [replayed])
+    assert replayed.tokens == expected
+
+
+def test_the_references_answers_are_not_one_token_repeated(answers: list[Any]) -> None:
+    assert sum(len(set(answer)) > 3 for _, answer in answers) > 8

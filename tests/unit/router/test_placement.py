@@ -1,0 +1,121 @@
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.core.ids import WorkerId
+from baton.router.placement import Need, NoPlace, Placement, Role, WorkerView, place
+
+NEED = Need(prompt_tokens=100, max_tokens=28)
+
+
+def view(name: str, role: Role, **fields: Any) -> WorkerView:
+    defaults = {"fingerprint": "f", "block_tokens": 16, "total_blocks": 100, "free_blocks": 100}
+    return WorkerView(worker_id=WorkerId(name), role=role, **{**defaults, **fields})
+
+
+def prefill(name: str = "p", **fields: Any) -> WorkerView:
+    return view(name, Role.PREFILL, **fields)
+
+
+def decode(name: str = "d", **fields: Any) -> WorkerView:
+    return view(name, Role.DECODE, **fields)
+
+
+def placed(*workers: WorkerView, need: Need = NEED) -> Placement:
+    found = place(need, workers)
+    assert isinstance(found, Placement), found
+    return found
+
+
+def refused(*workers: WorkerView, need: Need = NEED) -> NoPlace:
+    found = place(need, workers)
+    assert isinstance(found, NoPlace), found
+    return found
+
+
+def test_the_prefill_worker_with_the_fewest_tokens_ahead_is_taken() -> None:
+    assert placed(prefill("a", waiting_tokens=50), prefill("b", waiting_tokens=10), decode()).prefill == "b"
+
+
+def test_the_decode_worker_with_the_fewest_sequences_is_taken() -> None:
+    assert placed(prefill(), decode("a", sequences=3), decode("b", sequences=2, free_blocks=50)).decode == "b"
+
+
+def test_of_equally_busy_decode_workers_the_emptier_one_is_taken() -> None:
+    assert placed(prefill(), decode("a", free_blocks=50), decode("b", free_blocks=60)).decode == "b"
+
+
+def test_a_decode_worker_must_hold_prompt_and_answer() -> None:
+    assert placed(prefill(), decode("a", free_blocks=7), decode("b", free_blocks=8, sequences=9)).decode == "b"
+    assert refused(prefill(), decode(free_blocks=7)).full
+
+
+def test_what_fits_no_pool_at_all_is_not_worth_waiting_for() -> None:
+    assert not refused(prefill(), decode(total_blocks=7, free_blocks=7)).full
+    assert not refused(prefill(total_blocks=6), decode()).full
+
+
+@pytest.mark.parametrize(
+    "workers",
+    [[], [prefill()], [decode()], [prefill(draining=True), decode()], [prefill(), decode(draining=True)]],
+)
+def test_both_kinds_of_worker_are_needed(workers: list[WorkerView]) -> None:
+    reason = refused(*workers)
+    assert "worker" in reason.reason
+    assert not reason.full
+
+
+def test_one_token_needs_no_decode_worker() -> None:
+    assert placed(prefill(), need=Need(prompt_tokens=5, max_tokens=1)).decode is None
+
+
+def test_workers_of_different_models_are_no_pair() -> None:
+    found = placed(prefill("p1", fingerprint="x"), prefill("p2", waiting_tokens=9), decode())
+    assert (found.prefill, found.decode) == ("p2", "d")
+    assert not refused(prefill(fingerprint="x"), decode(fingerprint="y")).full
+
+
+def test_who_failed_before_is_asked_only_when_there_is_no_other() -> None:
+    need = Need(prompt_tokens=5, max_tokens=5, avoid=frozenset({WorkerId("a"), WorkerId("d")}))
+    found = placed(prefill("a"), prefill("b", waiting_tokens=99), decode("d"), decode("e", sequences=9), need=need)
+    assert (found.prefill, found.decode) == ("b", "e")
+    assert placed(prefill("a"), decode("d"), need=need).decode == "d"
+
+
+@given(
+    workers=st.lists(
+        st.builds(
+            view,
+            st.sampled_from("abcdef"),
+            st.sampled_from(Role),
+            free_blocks=st.integers(-5, 100),
+            waiting_tokens=st.integers(0, 100),
+            sequences=st.integers(0, 9),
+            draining=st.booleans(),
+            fingerprint=st.sampled_from("fg"),
+        ),
+        unique_by=lambda worker: worker.worker_id,
+    ),
+    prompt=st.integers(1, 2000),
+    max_tokens=st.integers(1, 2000),
+)
+def test_a_placement_is_always_one_that_can_work(workers: list[WorkerView], prompt: int, max_tokens: int) -> None:
+    need = Need(prompt_tokens=prompt, max_tokens=max_tokens)
+    found = place(need, workers)
+    assert found.reason
+    if isinstance(found, NoPlace):
+        return
+    by_id = {worker.worker_id: worker for worker in workers}
+    source = by_id[found.prefill]
+    assert source.role is Role.PREFILL
+    assert not source.draining
+    if found.decode is None:
+        assert max_tokens == 1
+        return
+    reader = by_id[found.decode]
+    assert reader.role is Role.DECODE
+    assert not reader.draining
+    assert reader.fingerprint == source.fingerprint
+    assert reader.free_blocks * 16 >= prompt + max_tokens

@@ -1,0 +1,434 @@
+"""A request's life: however it goes, it ends once and leaves no seat taken."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baton.core.errors import (
+    BatonError,
+    ContextExceeded,
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    RequestConflict,
+    Unavailable,
+    UnknownRequest,
+    WorkerLost,
+)
+from baton.core.request import EndReason, FinishReason
+from baton.router import relay as relay_module
+from baton.router.records import Message, Record
+from baton.router.workers import News
+from baton.text.tokenizer import Tokenizer
+from baton.v1 import inference_pb2 as pb
+
+from .fakes import Bench, FakeSeat, a_ticket, answers_with, read_all, turns
+
+
+def a_request(**sampling: Any) -> pb.GenerateRequest:
+    asked = pb.SamplingParams(**{"max_tokens": 8, "seed": 7, **sampling})
+    return pb.GenerateRequest(request_id="r", token_ids=pb.TokenIds(ids=[5, 6, 7]), sampling=asked)
+
+
+def submit(bench: Bench, request: pb.GenerateRequest, timeout_s: float | None = None) -> Record:
+    return bench.inference.submit(request, timeout_s, "").record
+
+
+def text_of(messages: list[Message], index: int = 0) -> str:
+    return "".join(output.text for message in messages for output in message.outputs if output.index == index)
+
+
+def finishes(messages: list[Message]) -> list[FinishReason]:
+    return [output.finish for message in messages for output in message.outputs if output.finish]
+
+
+async def test_an_answer_is_streamed_from_both_workers(bench: Bench) -> None:
+    bench.workers.on_admit = answers_with(b"hello", bench.tokenizer)
+    record = submit(bench, a_request())
+    messages = await read_all(record)
+    assert text_of(messages) == "hello"
+    assert finishes(messages) == [FinishReason.STOP]
+    usages = [message.usage for message in messages if message.usage]
+    assert usages == [messages[-1].usage]
+    assert (usages[0].prompt_tokens, usages[0].completion_tokens, usages[0].cached_tokens) == (3, 6, 3)
+    assert bench.workers.prefills[0].ticket == a_ticket("r/0")
+    assert record.course.state == "finished"
+    bench.workers.assert_all_released()
+
+
+async def test_both_workers_get_the_same_sequence_with_the_trace_and_what_is_left_of_the_deadline(bench: Bench) -> None:
+    bench.workers.on_admit = answers_with(b"hello", bench.tokenizer)
+    record = submit(bench, a_request(temperature=0.5), timeout_s=5.0)
+    await read_all(record)
+    request = bench.workers.prefills[0].request
+    assert request is not None
+    assert request == bench.workers.decodes[0].request
+    assert (request.sequence_id, request.prompt) == ("r/0", (5, 6, 7))
+    assert request.sampling.stop_token_ids == {0}
+    assert record.course.trace_id in request.traceparent
+    assert request.timeout_s is not None
+    assert 0 < request.timeout_s <= 5.0
+
+
+async def test_a_single_token_is_prefill_s_alone(bench: Bench) -> None:
+    bench.workers.on_admit = answers_with(b"hello", bench.tokenizer)
+    messages = await read_all(submit(bench, a_request(max_tokens=1)))
+    assert text_of(messages) == "h"
+    assert finishes(messages) == [FinishReason.LENGTH]
+    assert not bench.workers.decodes
+
+
+async def test_an_answer_that_ends_with_its_first_token_releases_the_decode_worker(bench: Bench) -> None:
+    bench.workers.on_admit = answers_with(b"", bench.tokenizer)
+    messages = await read_all(submit(bench, a_request()))
+    assert finishes(messages) == [FinishReason.STOP]
+    bench.workers.assert_all_released()
+
+
+async def test_n_answers_are_n_sequences(bench: Bench) -> None:
+    bench.workers.on_admit = answers_with(b"hey", bench.tokenizer)
+    messages = await read_all(submit(bench, a_request(n=3)))
+    assert [text_of(messages, index) for index in range(3)] == ["hey"] * 3
+    names = [seat.request.sequence_id for seat in bench.workers.prefills if seat.request]
+    assert sorted(names) == ["r/0", "r/1", "r/2"]
+    assert messages[-1].usage
+    assert messages[-1].usage.completion_tokens == 12
+    assert messages[-1].seq == 12
+
+
+async def test_one_failed_answer_of_several_ends_all(bench: Bench) -> None:
+    def on_admit(seat: FakeSeat) -> None:
+        assert seat.request is not None
+        if seat.request.sampling.branch == 1 and seat.worker_id == "prefill":
+            asyncio.get_running_loop().call_soon(seat.end, EndReason.FAILED, "InvalidRequest", "no")
+
+    bench.workers.on_admit = on_admit
+    with pytest.raises(InvalidRequest, match="no"):
+        await read_all(submit(bench, a_request(n=3)))
+    bench.workers.assert_all_released()
+
+
+async def test_final_only_is_one_message(bench: Bench) -> None:
+    bench.workers.on_admit = answers_with(b"hello", bench.tokenizer)
+    messages = await read_all(submit(bench, a_request()), final_only=True)
+    assert len(messages) == 1
+    assert text_of(messages) == "hello"
+
+
+async def test_text_is_tokenised(bench: Bench) -> None:
+    bench.workers.on_admit = answers_with(b"x", bench.tokenizer)
+    request = pb.GenerateRequest(text="abc")
+    await read_all(submit(bench, request))
+    assert bench.workers.needs[0].prompt_tokens == 3
+    assert bench.workers.needs[0].max_tokens == 61, "what the context leaves"
+
+
+async def test_a_chat_is_rendered_by_the_template(bench: Bench) -> None:
+    bench.workers.on_admit = answers_with(b"x", bench.tokenizer)
+    request = pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")]))
+    await read_all(submit(bench, request))
+    sent = bench.workers.prefills[0].request
+    assert sent is not None
+    assert bench.tokenizer.decode(sent.prompt) == "<user>hi"
+
+
+@pytest.mark.parametrize("text", ["x" * 64, "x" * 100_000])
+async def test_a_prompt_beyond_the_context_is_refused(bench: Bench, text: str) -> None:
+    with pytest.raises(ContextExceeded):
+        await read_all(submit(bench, pb.GenerateRequest(text=text)))
+    assert not bench.workers.needs
+
+
+async def test_a_stop_string_releases_both_workers_at_once(bench: Bench) -> None:
+    record = submit(bench, a_request(stop=["lo"]))
+    with record.attached() as reader:
+        await turns()
+        prefill, decode = bench.workers.prefills[0], bench.workers.decodes[0]
+        ids = bench.tokenizer.encode("hello")
+        prefill.tokens(0, ids[:1])
+        decode.tokens(1, ids[1:])
+        await turns()
+        assert prefill.released
+        assert decode.released
+        messages = [message async for message in reader.messages()]
+    assert text_of(messages) == "hel"
+    assert finishes(messages) == [FinishReason.STOP]
+
+
+async def test_cancel_ends_with_a_message_of_its_own_and_the_usage(bench: Bench) -> None:
+    record = submit(bench, a_request())
+    with record.attached() as reader:
+        await turns()
+        bench.workers.prefills[0].tokens(0, [70])
+        assert bench.relay.cancel(record.request_id)
+        assert bench.relay.cancel(record.request_id)
+        messages = [message async for message in reader.messages()]
+    assert finishes(messages) == [FinishReason.CANCELLED]
+    assert messages[-1].usage
+    assert messages[-1].usage.completion_tokens == 1
+    assert record.course.state == "cancelled"
+    assert bench.relay.cancel(record.request_id), "it is still known"
+    bench.workers.assert_all_released()
+
+
+def test_cancelling_what_is_not_known_says_so(bench: Bench) -> None:
+    assert not bench.inference.cancel("nobody")
+
+
+async def test_the_last_reader_that_leaves_cancels(bench: Bench) -> None:
+    record = submit(bench, a_request())
+    with record.attached():
+        with submit(bench, a_request()).attached():
+            await turns()
+        await turns()
+        assert not record.ended, "one reader is still there"
+    await turns()
+    assert record.course.state == "cancelled"
+    bench.workers.assert_all_released()
+
+
+async def test_a_passed_deadline_is_told_and_releases(bench: Bench) -> None:
+    record = submit(bench, a_request(), timeout_s=0.0)
+    with pytest.raises(DeadlineExceeded):
+        await read_all(record)
+    bench.workers.assert_all_released()
+
+
+async def test_a_repeated_request_attaches_and_leaves_out_what_was_sent(bench: Bench) -> None:
+    bench.workers.on_admit = answers_with(b"hello", bench.tokenizer)
+    messages = await read_all(submit(bench, a_request()))
+    again = submit(bench, a_request())
+    assert text_of(await read_all(again)) == "hello"
+    rest = await read_all(again, after_seq=2)
+    assert text_of(rest) == "llo"
+    assert rest[-1].usage == messages[-1].usage
+    assert len(bench.workers.prefills) == 1
+    with pytest.raises(InvalidRequest):
+        await read_all(again, after_seq=99)
+
+
+async def test_the_same_id_for_another_request_is_a_conflict(bench: Bench) -> None:
+    bench.workers.on_admit = answers_with(b"hello", bench.tokenizer)
+    await read_all(submit(bench, a_request()))
+    with pytest.raises(RequestConflict):
+        submit(bench, a_request(temperature=0.25))
+
+
+def test_resuming_what_is_not_known_is_an_error(bench: Bench) -> None:
+    request = a_request()
+    request.stream.resume_after_seq = 3
+    with pytest.raises(UnknownRequest):
+        submit(bench, request)
+
+
+async def test_a_lost_worker_is_replaced_before_anything_was_sent(bench: Bench) -> None:
+    answer = answers_with(b"hello", bench.tokenizer)
+
+    def on_admit(seat: FakeSeat) -> None:
+        if len(bench.workers.needs) < 3:
+            asyncio.get_running_loop().call_soon(seat.tell, News(lost=True))
+        else:
+            answer(seat)
+
+    bench.workers.on_admit = on_admit
+    assert text_of(await read_all(submit(bench, a_request()))) == "hello"
+    assert bench.workers.needs[0].avoid == frozenset()
+    assert bench.workers.needs[2].avoid == {"prefill", "decode"}
+    names = [seat.request.sequence_id for seat in bench.workers.prefills if seat.request]
+    assert names == ["r/0", "r/0~1", "r/0~2"], "what comes late of one try is not taken for the next one's"
+    bench.workers.assert_all_released()
+
+
+async def test_an_answer_that_had_begun_goes_on_elsewhere_without_a_gap_or_a_repetition(bench: Bench) -> None:
+    answer = answers_with(b"hello", bench.tokenizer)
+
+    def on_admit(seat: FakeSeat) -> None:
+        loop = asyncio.get_running_loop()
+        if len(bench.workers.needs) > 1:
+            answer(seat)
+        elif seat.worker_id == "prefill":
+            loop.call_soon(seat.tokens, 0, bench.tokenizer.encode("h"))
+        else:
+            loop.call_later(0.001, seat.tell, News(lost=True))
+
+    bench.workers.on_admit = on_admit
+    messages = await read_all(submit(bench, a_request()))
+    assert text_of(messages) == "hello"
+    assert messages[-1].seq == 6
+
+
+async def test_three_lost_workers_are_enough(bench: Bench) -> None:
+    bench.workers.on_admit = lambda seat: (
+        seat.fleet and asyncio.get_running_loop().call_soon(seat.tell, News(lost=True))
+    )
+    with pytest.raises(WorkerLost):
+        await read_all(submit(bench, a_request()))
+    assert len(bench.workers.needs) == 3
+    bench.workers.assert_all_released()
+
+
+async def test_what_no_other_worker_could_do_better_is_not_tried_again(bench: Bench) -> None:
+    bench.workers.on_admit = lambda seat: asyncio.get_running_loop().call_soon(
+        seat.end, EndReason.FAILED, "GeometryMismatch", "mend it"
+    )
+    with pytest.raises(BatonError, match="mend it"):
+        await read_all(submit(bench, a_request()))
+    assert len(bench.workers.needs) == 1
+
+
+async def test_no_place_is_the_client_s_to_know(bench: Bench) -> None:
+    bench.workers.refuse = Unavailable("nobody there")
+    with pytest.raises(Unavailable, match="nobody there"):
+        await read_all(submit(bench, a_request()))
+
+
+async def test_losing_prefill_after_its_token_is_decode_s_to_judge(bench: Bench) -> None:
+    record = submit(bench, a_request(max_tokens=3))
+    with record.attached() as reader:
+        await turns()
+        prefill, decode = bench.workers.prefills[0], bench.workers.decodes[0]
+        decode.tell(News(ticket=a_ticket("t")))
+        prefill.tokens(0, [70])
+        prefill.tell(News(lost=True))
+        decode.tokens(1, [71, 72], EndReason.LENGTH)
+        messages = [message async for message in reader.messages()]
+    assert [token for message in messages for output in message.outputs for token in output.token_ids] == [70, 71, 72]
+
+
+async def test_too_many_requests_are_refused(bench: Bench, tokenizer: Tokenizer) -> None:
+    small = Bench(tokenizer, max_running=1)
+    request = a_request()
+    with submit(small, request).attached():
+        request.request_id = "other"
+        with pytest.raises(Overloaded):
+            submit(small, request)
+
+
+async def test_a_draining_router_finishes_what_runs_and_takes_nothing_new(bench: Bench) -> None:
+    bench.workers.on_admit = answers_with(b"hello", bench.tokenizer)
+    record = submit(bench, a_request())
+    with record.attached() as reader:
+        await bench.relay.drain(10.0)
+        assert text_of([message async for message in reader.messages()]) == "hello"
+    with pytest.raises(Unavailable):
+        submit(bench, pb.GenerateRequest(text="a"))
+
+
+async def test_a_drain_ends_what_does_not_end(bench: Bench) -> None:
+    record = submit(bench, a_request())
+    with record.attached() as reader:
+        await turns()
+        await bench.relay.drain(0.0)
+        with pytest.raises(Unavailable):
+            _ = [message async for message in reader.messages()]
+    bench.workers.assert_all_released()
+
+
+async def test_a_mistake_of_ours_fails_the_request_and_releases(bench: Bench) -> None:
+    bench.workers.on_admit = lambda seat: asyncio.get_running_loop().call_soon(seat.tell, News(tokens=(None,)))  # type: ignore[arg-type]
+    with pytest.raises(AttributeError):
+        await read_all(submit(bench, a_request()))
+    bench.workers.assert_all_released()
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("delay", [0, 3])
+async def test_a_cancel_at_any_await_ends_once_and_leaves_no_seat(bench: Bench, branches: int, delay: int) -> None:
+    for moment in range(25):
+        one = Bench(bench.tokenizer)
+        one.workers.on_admit = answers_with(b"hello", bench.tokenizer)
+        one.workers.delay = delay
+        request = a_request(n=branches)
+        request.ClearField("token_ids")
+        request.text = "abc"
+        record = submit(one, request)
+        with record.attached() as reader:
+            await turns(moment)
+            one.relay.cancel(record.request_id)
+            messages = [message async for message in reader.messages()]
+        assert [message.usage is not None for message in messages] == [False] * (len(messages) - 1) + [True]
+        assert len(finishes(messages)) == branches
+        one.workers.assert_all_released()
+        assert not one.records.running
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("prefill"), st.sampled_from(["token", "token and stop", "handed over", "failed", "lost"])),
+    st.tuples(st.just("decode"), st.sampled_from(["ticket", "tokens", "tokens again", "end", "failed", "lost"])),
+    st.tuples(st.just("client"), st.sampled_from(["cancel", "leave", "turn", "turn", "turn"])),
+)
+
+
+@given(steps=st.lists(STEPS, max_size=20))
+@settings(max_examples=120, deadline=None)
+def test_any_storm_ends_once_and_leaves_no_seat(steps: list[tuple[str, str]], tokenizer: Tokenizer) -> None:
+    before, relay_module.BACKOFF_S = relay_module.BACKOFF_S, 0.0
+    try:
+        asyncio.run(storm(Bench(tokenizer), steps))
+    finally:
+        relay_module.BACKOFF_S = before
+
+
+async def storm(bench: Bench, steps: list[tuple[str, str]]) -> None:
+    """Plays the steps to the latest pair of workers, then ends whatever still runs."""
+    record = submit(bench, a_request())
+    sent: list[Message] = []
+    ends: list[object] = []
+
+    async def read() -> None:
+        try:
+            sent.extend(await read_all(record))
+            ends.append("message")
+        except BatonError as error:
+            ends.append(error)
+
+    reader = asyncio.create_task(read())
+    await turns(8)
+    for who, what in steps:
+        if who == "client":
+            if what == "cancel":
+                bench.relay.cancel(record.request_id)
+            elif what == "leave":
+                reader.cancel()
+            await turns(3)
+        elif bench.workers.prefills:
+            play((bench.workers.prefills if who == "prefill" else bench.workers.decodes)[-1], what)
+    bench.relay.cancel(record.request_id)
+    await turns(10)
+    assert record.ended
+    assert not bench.records.running
+    bench.workers.assert_all_released()
+    assert len(ends) == (0 if reader.cancelled() else 1)
+    ids = [token for message in sent for output in message.outputs for token in output.token_ids]
+    assert ids == list(range(70, 70 + len(ids))), "each token once and in order"
+    if ends == ["message"]:
+        assert sent[-1].usage
+        assert len(finishes(sent)) == 1
+        assert sent[-1].seq == len(ids)
+
+
+def play(seat: FakeSeat, what: str) -> None:
+    if seat.request is None:
+        return
+    match what:
+        case "token":
+            seat.tokens(0, [70])
+        case "token and stop":
+            seat.tokens(0, [70], EndReason.STOP)
+        case "handed over":
+            seat.end(EndReason.HANDED_OVER)
+        case "ticket":
+            seat.tell(News(ticket=a_ticket("t")))
+        case "tokens":
+            seat.tokens(1, [71, 72])
+        case "tokens again":
+            seat.tokens(2, [72, 73, 74])
+        case "end":
+            seat.tokens(3, [73, 74], EndReason.STOP)
+        case "failed":
+            seat.end(EndReason.FAILED, "TransferFailed", "a piece is gone")
+        case "lost":
+            seat.tell(News(lost=True))

@@ -1,0 +1,260 @@
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from baton.core.frames import Release
+from baton.core.request import EndReason
+from baton.observe import names
+from baton.worker.records import Kind
+from baton.worker.ring import RingFull
+
+from ...fakes import answer
+from ...workers import HANDOVER_S, Pair
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    pair = Pair(tmp_path)
+    yield pair
+    pair.close()
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    return random.Random(seed).choices(range(97), k=length)
+
+
+def test_answers_are_what_the_model_says_whatever_the_lengths_and_the_batch(pair: Pair) -> None:
+    wanted = {}
+    for i, (length, count) in enumerate([(1, 5), (15, 2), (16, 20), (17, 3), (100, 12), (33, 40), (64, 1), (160, 2)]):
+        key = pair.admit(f"r{i}", prompt_of(i, length), count)
+        wanted[key] = answer(prompt_of(i, length), count)
+    pair.settle()
+    assert {key: pair.seen[key].answer for key in wanted} == wanted
+    for key, tokens in wanted.items():
+        ended = pair.seen[key].ended
+        assert ended["P"].reason is (EndReason.LENGTH if len(tokens) == 1 else EndReason.HANDED_OVER)
+        assert len(tokens) == 1 or ended["D"].reason is EndReason.LENGTH
+    pair.assert_clean()
+
+
+def test_a_prompt_that_was_seen_is_neither_computed_nor_moved_again(pair: Pair) -> None:
+    prompt = prompt_of(1, 50)
+    first = pair.admit("a", prompt, 20)
+    pair.settle()
+    second = pair.admit("b", prompt, 20)
+    third = pair.admit("c", prompt + pair.seen[first].answer[:-1] + [3, 4], 4)
+    pair.settle()
+    assert pair.seen[second].answer == pair.seen[first].answer == answer(prompt, 20)
+    assert (pair.seen[first].cached, pair.seen[second].cached) == (0, 48)
+    assert pair.seen[first].ticket is not None
+    assert pair.seen[second].ticket is not None
+    assert (pair.seen[first].ticket.wanted, pair.seen[second].ticket.wanted) == ((0, 1, 2, 3), (3,))
+    assert pair.seen[third].ticket is not None
+    assert pair.seen[third].ticket.wanted == (4,)  # the answer's blocks are known to the decode worker
+    assert pair.seen[third].answer == answer(prompt + pair.seen[first].answer[:-1] + [3, 4], 4)
+    pair.assert_clean()
+
+
+def test_a_prompt_whose_blocks_the_reader_all_has_is_handed_over_without_bytes(pair: Pair) -> None:
+    prompt = prompt_of(2, 32)
+    pair.admit("a", prompt, 3)
+    pair.settle()
+    again = pair.admit("b", prompt, 3)
+    pair.settle()
+    assert pair.seen[again].ticket is not None
+    assert pair.seen[again].ticket.wanted == ()
+    assert pair.seen[again].cached == 16  # the last token is always computed
+    assert pair.seen[again].answer == answer(prompt, 3)
+    pair.assert_clean()
+
+
+def test_a_stop_token_ends_an_answer_at_prefill_or_at_decode(pair: Pair) -> None:
+    prompt = prompt_of(3, 20)
+    tokens = answer(prompt, 9)
+    at_once = pair.admit("a", prompt, 9, stops=frozenset({tokens[0]}))
+    later = tokens.index(tokens[4])
+    after = pair.admit("b", prompt, 9, stops=frozenset({tokens[4]}))
+    pair.settle()
+    assert pair.seen[at_once].answer == tokens[:1]
+    assert pair.seen[at_once].ended["P"].reason is EndReason.STOP
+    assert pair.seen[after].answer == tokens[: later + 1]
+    pair.assert_clean()
+
+
+def test_a_release_is_obeyed_within_one_step_in_every_state(tmp_path: Path) -> None:
+    for rounds in range(12):
+        pair = Pair(tmp_path / str(rounds))
+        keys = [pair.admit(f"r{i}", prompt_of(i, 90), 30) for i in range(3)]
+        for _ in range(rounds):
+            pair.turn()
+        for key in keys:
+            pair.release(key)
+        pair.p.loop.turn()
+        pair.d.loop.turn()
+        for worker in (pair.p, pair.d):
+            pair.hear(worker)
+            worker.crank.run()
+        pair.p.loop.turn()
+        pair.d.loop.turn()
+        pair.settle()
+        pair.assert_clean()
+        pair.close()
+
+
+def test_after_a_storm_of_cancels_and_lost_links_nothing_is_held(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, prefill_blocks=24, decode_blocks=40)
+    dice = random.Random(11)
+    links: dict[str, int] = {}
+    released = set()
+    for i in range(150):
+        name = f"r{i}"
+        links[name] = dice.randint(1, 3)
+        prompt = prompt_of(i % 20, dice.randint(1, 120))
+        key = pair.admit(name, prompt, dice.randint(2, 30), link=links[name])
+        for _ in range(dice.randint(0, 3)):
+            pair.turn()
+        if dice.random() < 0.4:
+            victim = dice.choice(list(links))
+            pair.release(type(key)(f"{victim}/0"), links[victim])
+            released.add(victim)
+        if dice.random() < 0.03:
+            gone = dice.randint(1, 3)
+            pair.p.put(Kind.LINK_CLOSED, gone)
+            pair.d.put(Kind.LINK_CLOSED, gone)
+            released |= {name for name, link in links.items() if link == gone}
+    pair.settle(5000)
+    untouched = [name for name in links if name not in released]
+    assert len(untouched) > 20
+    for name in untouched:
+        assert pair.seen[next(key for key in pair.seen if key == f"{name}/0")].ended["D"].reason is EndReason.LENGTH
+    pair.assert_clean()
+    pair.close()
+
+
+def test_a_full_ring_loses_no_frame_and_stops_no_step(pair: Pair) -> None:
+    prompt = prompt_of(5, 30)
+    key = pair.admit("a", prompt, 60)
+    while not pair.seen[key].tokens:
+        pair.turn()
+    try:
+        while True:
+            pair.d.rank_rings.outgoing.put(b"\x0a\0\0\0\0" + bytes(1 << 16))
+    except RingFull:
+        pass
+    try:
+        while True:
+            pair.d.rank_rings.outgoing.put(b"\x0a\0\0\0\0")
+    except RingFull:
+        pass
+    for _ in range(80):
+        pair.d.loop.turn()
+        pair.d.crank.run()
+        pair.p.loop.turn()
+        pair.p.crank.run()
+        pair.hear(pair.p)
+    assert pair.d.engine.ledger.held_count == 0, "the answer was not computed to its end"
+    assert pair.d.loop.turn() == (False, False)
+    pair.d.rings.incoming.take()
+    before = pair.frames
+    pair.settle()
+    assert pair.frames - before <= 3, "what had waited comes merged"
+    assert pair.seen[key].answer == answer(prompt, 60)
+    pair.assert_clean()
+
+
+def test_a_deadline_ends_a_sequence_wherever_it_is(pair: Pair) -> None:
+    running = pair.admit("a", prompt_of(1, 20), 400, timeout_s=5.0)
+    for _ in range(10):
+        pair.turn()
+    waiting = pair.admit("b", prompt_of(2, 400), 100, timeout_s=5.0)
+    pair.d.loop.turn()
+    pair.p.loop.turn()
+    pair.clock.now += 6.0
+    pair.p.loop.turn()
+    pair.d.loop.turn()
+    pair.settle()
+    assert pair.seen[running].ended["D"].error_code == "DeadlineExceeded"
+    assert pair.seen[waiting].ended["D"].error_code == "DeadlineExceeded"
+    assert pair.seen[waiting].ended["P"].error_code == "DeadlineExceeded"
+    pair.assert_clean()
+
+
+def test_what_can_never_fit_is_refused_in_words(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, prefill_blocks=4, decode_blocks=4)
+    beyond_context = pair.admit("a", prompt_of(1, 500), 20)
+    beyond_pool = pair.admit("b", prompt_of(1, 100), 20)
+    pair.turn()
+    for key, word in ((beyond_context, "context"), (beyond_pool, "memory")):
+        for ended in pair.seen[key].ended.values():
+            assert ended.error_code == "ContextExceeded"
+            assert word in ended.error_message
+        assert len(pair.seen[key].ended) == 2
+    pair.assert_clean()
+    pair.close()
+
+
+def test_beyond_the_bound_of_waiting_sequences_the_next_is_told_to_go_elsewhere(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, max_waiting=2)
+    keys = [pair.admit(f"r{i}", prompt_of(i, 20), 4) for i in range(4)]
+    pair.turn()
+    codes = [[ended.error_code for ended in pair.seen[key].ended.values()] for key in keys]
+    assert codes[2:] == [["Overloaded", "Overloaded"]] * 2
+    pair.settle()
+    assert [pair.seen[key].answer for key in keys[:2]] == [answer(prompt_of(i, 20), 4) for i in range(2)]
+    pair.assert_clean()
+    pair.close()
+
+
+def test_admitting_twice_changes_nothing(pair: Pair) -> None:
+    prompt = prompt_of(8, 40)
+    key = pair.admit("a", prompt, 6)
+    pair.turn()
+    first = pair.seen[key].ticket
+    pair.admit("a", prompt, 6)
+    pair.settle()
+    assert pair.seen[key].ticket == first
+    assert pair.seen[key].answer == answer(prompt, 6)
+    pair.assert_clean()
+
+
+def test_a_prompt_that_nobody_comes_for_gives_its_blocks_back(pair: Pair) -> None:
+    key = pair.admit("a", prompt_of(1, 30), 5)
+    pair.d.send(Release(sequence_id=key))
+    pair.p.loop.turn()
+    assert pair.p.engine.ledger.held_count == 2
+    pair.clock.now += HANDOVER_S
+    pair.p.loop.turn()
+    pair.hear(pair.p)
+    assert pair.seen[key].ended["P"].error_code == "LeaseExpired"
+    pair.settle()
+    pair.assert_clean()
+
+
+def test_draining_answers_when_the_last_sequence_and_the_last_loan_are_over(pair: Pair) -> None:
+    key = pair.admit("a", prompt_of(1, 30), 5)
+    pair.p.loop.turn()
+    pair.p.put(Kind.DRAIN, 9)
+    pair.p.loop.turn()
+    assert not [record for record in pair.p.rank_rings.outgoing.take() if record[:1] == bytes([Kind.DRAIN])]
+    pair.seen.clear()
+    late = pair.admit("b", prompt_of(1, 30), 5)
+    pair.p.loop.turn()
+    pair.hear(pair.p)
+    assert pair.seen[late].ended["P"].error_code == "Unavailable"
+    pair.release(key)
+    pair.p.loop.turn()
+    assert Kind.DRAIN in [record.kind for record in pair.p.heard()]
+
+
+def test_every_part_of_a_sequence_is_reported_for_its_trace(pair: Pair) -> None:
+    pair.admit("a", prompt_of(1, 30), 5)
+    pair.settle()
+    for worker in (pair.p, pair.d):
+        worker.loop.turn()
+        pair.hear(worker)
+    assert sorted(pair.parts) == sorted(
+        [names.SPAN_QUEUE, names.SPAN_QUEUE, names.SPAN_PREFILL, names.SPAN_OFFER]
+        + [names.SPAN_RESERVE, names.SPAN_TRANSFER, names.SPAN_DECODE]
+    )

@@ -1,0 +1,246 @@
+"""A prefill and a decode worker's step loops in one process, and a router that knows just enough to drive them by hand."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from baton.core.frames import Command, HandOver, LedgerDump, Release, WorkerStatus
+from baton.core.ids import Epoch, SequenceId, WorkerId
+from baton.core.request import Ended, EndReason, Load, Request, Sampling
+from baton.core.tickets import Ticket
+from baton.decode_worker.role import DecodeRole
+from baton.engine.engine import Engine
+from baton.kv_transfer.inbox import Inbox
+from baton.kv_transfer.loopback import Hub, LoopbackTransport
+from baton.kv_transfer.pool import BlockPool
+from baton.prefill_worker.role import PrefillRole
+from baton.wire.codec import commands_to_bytes, frame_from_bytes
+from baton.wire.worker_codec import ledger_from_bytes, report_from_bytes
+from baton.worker.landing import Landing
+from baton.worker.lending import Identity, Lending
+from baton.worker.loop import Role, StepLoop
+from baton.worker.outbox import Outbox
+from baton.worker.records import Kind, Record
+from baton.worker.reporting import Reporter
+from baton.worker.ring import RingPair
+from baton.worker.roster import Limits
+
+from .fakes import HandCranked, fake_engine
+
+HANDOVER_S = 60.0
+
+
+class Worker:
+    """One rank, and the service's end of its ring."""
+
+    def __init__(
+        self,
+        folder: Path,
+        hub: Hub,
+        name: str,
+        engine: Engine,
+        clock: "Clock",
+        *,
+        max_waiting: int = 64,
+        step_tokens: int = 40,
+    ) -> None:
+        self.engine = engine
+        self.rank_rings = RingPair.for_rank(folder, name, 4 << 20)
+        self.rings = RingPair.for_service(folder, name)
+        self.inbox = Inbox()
+        self.crank = HandCranked()
+        self.transport = LoopbackTransport(hub, BlockPool(engine.kv_cache.block_bytes_view), self.crank)
+        hub.join(name, self.inbox)
+        identity = Identity(WorkerId(name), Epoch(1), name)
+        outbox, reporter = Outbox(self.rank_rings.outgoing), Reporter(self.rank_rings.outgoing)
+        limits = Limits(
+            max_waiting=max_waiting, max_model_len=engine.max_model_len, num_blocks=engine.ledger.num_blocks
+        )
+        wake = self.inbox.wakeup.ring
+        self.role: Role
+        if name.startswith("P"):
+            lending = Lending(engine.ledger, self.transport, engine.geometry, identity, 20.0, wake)
+            self.role = PrefillRole(
+                engine,
+                lending,
+                outbox,
+                reporter,
+                limits,
+                step_tokens=step_tokens,
+                ticket_timeout_s=HANDOVER_S,
+                transport_name="loopback",
+            )
+        else:
+            landing = Landing(
+                engine.ledger,
+                self.transport,
+                engine.geometry,
+                identity,
+                lease_s=20.0,
+                timeout_s=HANDOVER_S,
+                wake=wake,
+            )
+            self.role = DecodeRole(
+                engine, landing, outbox, reporter, limits, ticket_prefix=f"{name}.1", transport_name="loopback"
+            )
+        status = WorkerStatus(
+            worker_id=identity.worker_id,
+            epoch=identity.epoch,
+            role="any",
+            model="fake",
+            device="cpu",
+            transport="loopback",
+            geometry=engine.geometry,
+            load=Load(),
+        )
+        self.loop = StepLoop(
+            self.role, self.rank_rings, self.inbox, outbox, reporter, engine.ledger, self.transport, status, clock
+        )
+
+    def send(self, *commands: Command, link: int = 1) -> None:
+        self.rings.outgoing.put(*Record(Kind.FRAME, link, commands_to_bytes(commands)).parts())
+
+    def put(self, kind: Kind, number: int = 0, body: bytes = b"") -> None:
+        self.rings.outgoing.put(*Record(kind, number, body).parts())
+
+    def heard(self) -> list[Record]:
+        return [Record.parse(data) for data in self.rings.incoming.take()]
+
+    def ledger(self) -> LedgerDump:
+        """Asks as the service does; only when nothing else of interest is on the ring."""
+        self.put(Kind.LEDGER, 7, b"drop")
+        self.loop.turn()
+        (answer,) = (record for record in self.heard() if record.kind is Kind.LEDGER)
+        return ledger_from_bytes(answer.body)
+
+    def close(self) -> None:
+        self.inbox.wakeup.close()
+        self.rings.unlink()
+        self.rings.close()
+        self.rank_rings.close()
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Seen:
+    """What a router has got of one sequence."""
+
+    tokens: dict[int, int] = field(default_factory=dict)  # by position
+    ended: dict[str, Ended] = field(default_factory=dict)  # by worker
+    cached: int = 0
+    ticket: Ticket | None = None
+
+    @property
+    def answer(self) -> list[int]:
+        assert sorted(self.tokens) == list(range(len(self.tokens)))
+        return [self.tokens[position] for position in sorted(self.tokens)]
+
+
+class Pair:
+    """P and D on one hub, and the router's part."""
+
+    def __init__(
+        self, folder: Path, *, prefill_blocks: int = 64, decode_blocks: int = 64, max_waiting: int = 64
+    ) -> None:
+        self.clock = Clock()
+        hub = Hub()
+        self.p = Worker(folder, hub, "P", fake_engine(prefill_blocks), self.clock, max_waiting=max_waiting)
+        self.d = Worker(folder, hub, "D", fake_engine(decode_blocks), self.clock, max_waiting=max_waiting)
+        self.seen: dict[SequenceId, Seen] = defaultdict(Seen)
+        self.parts: list[str] = []
+        self.frames = 0
+
+    def admit(
+        self,
+        name: str,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        link: int = 1,
+        stops: frozenset[int] = frozenset(),
+        timeout_s: float | None = None,
+    ) -> SequenceId:
+        key = SequenceId(f"{name}/0")
+        request = Request(
+            sequence_id=key,
+            prompt=tuple(prompt),
+            sampling=Sampling(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stops),
+            timeout_s=timeout_s,
+            traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        )
+        self.p.send(request, link=link)
+        if max_tokens > 1:
+            self.d.send(request, link=link)
+        return key
+
+    def release(self, key: SequenceId, link: int = 1) -> None:
+        self.p.send(Release(sequence_id=key), link=link)
+        self.d.send(Release(sequence_id=key), link=link)
+
+    def turn(self) -> bool:
+        """One round of everything; False: nothing moved."""
+        moved = False
+        for worker in (self.d, self.p):
+            worked, _ = worker.loop.turn()
+            moved |= worked | bool(worker.crank.run())
+            moved |= self.hear(worker)
+        return moved
+
+    def hear(self, worker: Worker) -> bool:
+        heard = False
+        name = "P" if worker is self.p else "D"
+        for record in worker.heard():
+            if record.kind is Kind.REPORT:
+                self.parts += [part.name for part in report_from_bytes(record.body).parts]
+            if record.kind is not Kind.FRAME:
+                continue
+            frame = frame_from_bytes(record.body)
+            self.frames += 1
+            heard |= bool(frame.tickets or frame.tokens or frame.ended)
+            for granted in frame.tickets:
+                self.seen[granted.sequence_id].ticket = granted.ticket
+                self.p.send(HandOver(sequence_id=granted.sequence_id, ticket=granted.ticket), link=record.number)
+            for tokens in frame.tokens:
+                seen = self.seen[tokens.sequence_id]
+                seen.cached += tokens.cached_tokens
+                for i, token in enumerate(tokens.token_ids):
+                    assert tokens.first_position + i not in seen.tokens, "a token came twice"
+                    seen.tokens[tokens.first_position + i] = token
+            for ended in frame.ended:
+                seen = self.seen[ended.sequence_id]
+                assert name not in seen.ended, f"{name} ended {ended.sequence_id} twice"
+                seen.ended[name] = ended
+                if name == "P" and ended.reason in (EndReason.STOP, EndReason.LENGTH, EndReason.FAILED):
+                    self.d.send(Release(sequence_id=ended.sequence_id), link=record.number)
+                if name == "D" and ended.reason is EndReason.FAILED:
+                    self.p.send(Release(sequence_id=ended.sequence_id), link=record.number)
+        return heard
+
+    def settle(self, rounds: int = 600) -> None:
+        """Until three rounds in a row move nothing."""
+        quiet = 0
+        for _ in range(rounds):
+            quiet = 0 if self.turn() else quiet + 1
+            if quiet == 3:
+                return
+        raise AssertionError("the workers never come to rest")
+
+    def assert_clean(self) -> None:
+        for worker in (self.p, self.d):
+            dump = worker.ledger()
+            assert dump.violations == ()
+            assert dump.holders == ()
+            assert (dump.free_blocks, dump.held_blocks, dump.lent_blocks) == (dump.total_blocks, 0, 0)
+            assert dump.transport_objects == 0
+            worker.engine.ledger.check()
+
+    def close(self) -> None:
+        self.p.close()
+        self.d.close()

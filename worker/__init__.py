@@ -1,0 +1,1 @@
+"""What both kinds of worker are made of. Knows no role."""

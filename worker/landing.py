@@ -1,0 +1,226 @@
+"""Where a hand-over lands: reserve blocks, pull pieces into them, commit or abort.
+
+    reserve -> accept (pull), accept (pull), ... -> landed -> commit     the caller's blocks now
+                        \\-> failed, expired, aborted                      blocks back
+
+Fenced twice: a piece must name our epoch and a ticket that is open. Blocks that a pull still writes stay held until its
+future is done, aborted or not.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from ..core.errors import BatonError, CorruptPiece, LeaseExpired, StaleEpoch
+from ..core.ids import BlockId, Epoch, SequenceId, TicketId
+from ..core.tickets import Geometry, Piece, Ticket
+from ..engine.ledger import Ledger
+from ..kv_transfer.messages import Delivery, Returned
+from ..kv_transfer.plan import require_same
+from ..kv_transfer.transport import Moved, Transport
+from .lending import Identity, as_baton_error
+
+
+@dataclass(slots=True)
+class Reservation:
+    ticket: Ticket
+    sequence_id: SequenceId
+    table: list[BlockId]  # all blocks of the sequence, prompt first; all held by the reservation
+    deadline: float
+    missing: set[int]
+    asked: set[int] = field(default_factory=set)  # indices that a pull was started for
+    pulls: "dict[Future[Moved], Piece]" = field(default_factory=dict)
+    sources: dict[str, Epoch] = field(default_factory=dict)
+    moved: list[Moved] = field(default_factory=list)
+    first_token: int | None = None
+    told: bool = False  # that it has landed
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """Every wanted block is here and verified: commit it."""
+
+    reservation: Reservation
+    first_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class LandingFailed:
+    """The reservation is aborted already."""
+
+    sequence_id: SequenceId
+    error: BatonError
+
+
+@dataclass(slots=True)
+class _Ending:
+    """Blocks of an aborted reservation that pulls still write."""
+
+    sequence_id: SequenceId
+    blocks: list[BlockId]
+    pulls: "list[Future[Moved]]"
+
+
+class Landing:
+    """Owns every reservation of a reader. Called by the step loop's thread alone."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        transport: Transport,
+        geometry: Geometry,
+        identity: Identity,
+        *,
+        lease_s: float,
+        timeout_s: float,
+        wake: Callable[[], None],
+    ) -> None:
+        self._ledger = ledger
+        self._transport = transport
+        self._geometry = geometry
+        self._identity = identity
+        self._lease_s = lease_s
+        self._timeout_s = timeout_s
+        self._wake = wake
+        self._open: dict[TicketId, Reservation] = {}
+        self._ending: list[_Ending] = []
+
+    def reserve(
+        self, sequence_id: SequenceId, ticket_id: TicketId, table: list[BlockId], wanted: Sequence[int], now: float
+    ) -> Ticket:
+        """Take over all of a sequence's blocks, held by the caller until now; ask for those of the `wanted` indices.
+
+        Nobody else may hold or read the wanted ones: pulls write them.
+        """
+        assert ticket_id not in self._open, ticket_id
+        ticket = Ticket(
+            ticket_id=ticket_id,
+            worker_id=self._identity.worker_id,
+            epoch=self._identity.epoch,
+            wanted=tuple(wanted),
+            geometry=self._geometry,
+            lease_s=self._lease_s,
+            inbox=self._identity.inbox,
+        )
+        self._open[ticket_id] = Reservation(ticket, sequence_id, list(table), now + self._timeout_s, set(wanted))
+        return ticket
+
+    def accept(self, delivery: Delivery, now: float) -> None:
+        """Start pulling an announced piece. One that came before changes nothing.
+
+        Raises StaleEpoch (another life's, or no open ticket), GeometryMismatch, CorruptPiece (blocks nobody asked for);
+        the caller then refuses it.
+        """
+        piece = delivery.message
+        assert isinstance(piece, Piece), piece
+        reservation = self._open.get(piece.ticket_id)
+        if piece.reader_epoch != self._identity.epoch or reservation is None:
+            raise StaleEpoch(f"ticket {piece.ticket_id} is not open in this life of the worker")
+        require_same(piece.geometry, self._geometry)
+        if not set(piece.blocks) <= set(reservation.ticket.wanted) or (piece.last and piece.first_token is None):
+            raise CorruptPiece(f"a piece of ticket {piece.ticket_id} does not fit what was asked for")
+        reservation.sources[piece.source_inbox] = piece.source_epoch
+        if piece.last:
+            reservation.first_token = piece.first_token
+        if set(piece.blocks) <= reservation.asked:
+            return
+        reservation.asked.update(piece.blocks)
+        reservation.deadline = now + self._timeout_s
+        pull = self._transport.pull(delivery, [reservation.table[index] for index in piece.blocks])
+        reservation.pulls[pull] = piece
+        pull.add_done_callback(lambda _: self._wake())
+
+    def refuse(self, piece: Piece, error: BatonError) -> None:
+        """Tell a piece's source to take its blocks back; ends our reservation too, if the ticket is one of ours."""
+        reservation = self._open.get(piece.ticket_id)
+        if reservation is not None and piece.reader_epoch == self._identity.epoch:
+            reservation.sources[piece.source_inbox] = piece.source_epoch
+            self.abort(piece.ticket_id, error)
+        else:
+            self._tell(piece.source_inbox, piece.source_epoch, piece.ticket_id, piece.sequence_id, error)
+
+    def poll(self, now: float) -> list[Landed | LandingFailed]:
+        """What has happened since: each landed or failed reservation is named once."""
+        self._ending = [ending for ending in self._ending if not self._finish(ending)]
+        news: list[Landed | LandingFailed] = []
+        for reservation in list(self._open.values()):
+            error = self._settle(reservation)
+            if error is None and now >= reservation.deadline and not reservation.told:
+                error = LeaseExpired("the prompt's KV did not arrive in time")
+            if error is not None:
+                self.abort(reservation.ticket.ticket_id, error)
+                news.append(LandingFailed(reservation.sequence_id, error))
+            elif not reservation.missing and reservation.first_token is not None and not reservation.told:
+                reservation.told = True
+                news.append(Landed(reservation, reservation.first_token))
+        return news
+
+    def commit(self, ticket_id: TicketId) -> list[BlockId]:
+        """The sequence's blocks, held by the caller from now on; the source is told. Only for what has landed."""
+        reservation = self._open.pop(ticket_id)
+        assert not reservation.missing, ticket_id
+        assert not reservation.pulls, ticket_id
+        self._tell_all(reservation, None)
+        return reservation.table
+
+    def abort(self, ticket_id: TicketId, error: BatonError) -> None:
+        """Give the blocks back and tell the source why. An unknown ticket changes nothing."""
+        reservation = self._open.pop(ticket_id, None)
+        if reservation is None:
+            return
+        self._tell_all(reservation, error)
+        busy = {pull: piece for pull, piece in reservation.pulls.items() if not (pull.cancel() or pull.done())}
+        written = {reservation.table[index] for piece in busy.values() for index in piece.blocks}
+        self._ledger.release([block for block in reversed(reservation.table) if block not in written])
+        if busy:
+            self._ending.append(_Ending(reservation.sequence_id, sorted(written), list(busy)))
+
+    def next_deadline(self) -> float | None:
+        return min((reservation.deadline for reservation in self._open.values()), default=None)
+
+    def holders(self) -> Iterable[tuple[SequenceId, str, list[BlockId]]]:
+        """Sequence, state and blocks of each reservation that holds some."""
+        for reservation in self._open.values():
+            yield reservation.sequence_id, "reserved", reservation.table
+        for ending in self._ending:
+            yield ending.sequence_id, "reserved, ending", ending.blocks
+
+    def open_reservations(self) -> int:
+        """Reservations that are not over, those among them that pulls still write."""
+        return len(self._open) + len(self._ending)
+
+    @staticmethod
+    def _settle(reservation: Reservation) -> BatonError | None:
+        """Take in finished pulls; the error of one that failed."""
+        error: BatonError | None = None
+        for pull in [pull for pull in reservation.pulls if pull.done()]:
+            piece = reservation.pulls.pop(pull)
+            problem = pull.exception()
+            if problem is None:
+                reservation.moved.append(pull.result())
+                reservation.missing.difference_update(piece.blocks)
+            else:
+                error = error or as_baton_error(problem)
+        return error
+
+    def _finish(self, ending: _Ending) -> bool:
+        if not all(pull.done() for pull in ending.pulls):
+            return False
+        self._ledger.release(ending.blocks)
+        return True
+
+    def _tell_all(self, reservation: Reservation, error: BatonError | None) -> None:
+        for inbox, epoch in reservation.sources.items():
+            self._tell(inbox, epoch, reservation.ticket.ticket_id, reservation.sequence_id, error)
+
+    def _tell(
+        self, inbox: str, epoch: Epoch, ticket_id: TicketId, sequence_id: SequenceId, error: BatonError | None
+    ) -> None:
+        message = Returned(
+            ticket_id=ticket_id,
+            sequence_id=sequence_id,
+            source_epoch=epoch,
+            error_code=error.code if error else "",
+            error_message=str(error) if error else "",
+        )
+        self._transport.tell(inbox, message)

@@ -1,0 +1,127 @@
+"""What both kinds of rank do around their role: make the ring, load the model, say they are ready, run the loop."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from time import monotonic
+from typing import TypeAlias
+
+import torch
+
+from ..core.errors import ConfigError
+from ..core.frames import WorkerStatus
+from ..core.request import Load
+from ..engine.engine import Engine
+from ..kv_transfer.inbox import Inbox
+from ..kv_transfer.pool import BlockPool
+from ..kv_transfer.transport import Transport
+from .config import WorkerConfig
+from .lending import Identity
+from .loop import Role, StepLoop
+from .outbox import Outbox
+from .records import Kind, Progress, Ready, Record, encode
+from .reporting import Reporter
+from .ring import RingFull, RingPair
+from .roster import Limits
+
+MakeTransport: TypeAlias = Callable[[BlockPool], AbstractContextManager[Transport]]
+
+_PROGRESS_S = 0.1
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rank:
+    """The parts of a rank that a role is built from."""
+
+    config: WorkerConfig
+    rings: RingPair
+    inbox: Inbox
+    engine: Engine
+    transport: Transport
+    outbox: Outbox
+    reporter: Reporter
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.config.worker_id, self.config.epoch, self.config.inbox)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            max_waiting=self.config.max_waiting,
+            max_model_len=self.engine.max_model_len,
+            num_blocks=self.engine.ledger.num_blocks,
+        )
+
+    def run(self, role: Role) -> None:
+        """Say that we are ready, then step until the service says stop."""
+        engine, config = self.engine, self.config
+        ready = Ready(
+            num_blocks=engine.ledger.num_blocks,
+            geometry=engine.geometry,
+            vocab_size=engine.config.vocab_size,
+            max_model_len=engine.max_model_len,
+        )
+        status = WorkerStatus(
+            worker_id=config.worker_id,
+            epoch=config.epoch,
+            role=config.role,
+            model=config.model_name,
+            device=config.device,
+            transport=self.transport.name,
+            geometry=engine.geometry,
+            load=Load(),
+        )
+        self.rings.outgoing.put(*Record(Kind.READY, 0, encode(ready)).parts())
+        StepLoop(role, self.rings, self.inbox, self.outbox, self.reporter, engine.ledger, self.transport, status).run()
+
+
+@contextmanager
+def start(config: WorkerConfig, inbox: Inbox, make_transport: MakeTransport) -> Iterator[Rank]:
+    """Raises ConfigError where the model or its memory can't be had as configured."""
+    rings = RingPair.for_rank(config.ring_dir, config.ring_name)
+    try:
+        engine = _engine(config, rings)
+        with make_transport(BlockPool(engine.kv_cache.block_bytes_view)) as transport:
+            yield Rank(
+                config=config,
+                rings=rings,
+                inbox=inbox,
+                engine=engine,
+                transport=transport,
+                outbox=Outbox(rings.outgoing),
+                reporter=Reporter(rings.outgoing),
+            )
+    finally:
+        inbox.wakeup.close()
+        rings.unlink()
+        rings.close()
+
+
+def _engine(config: WorkerConfig, rings: RingPair) -> Engine:
+    if config.dtype not in _DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, not {config.dtype!r}")
+    due = 0.0
+
+    def progress(loaded: int, total: int) -> None:
+        nonlocal due
+        if monotonic() >= due or loaded == total:
+            due = monotonic() + _PROGRESS_S
+            with suppress(RingFull):  # nobody reads yet, and the next one says it better
+                rings.outgoing.put(*Record(Kind.PROGRESS, 0, encode(Progress(loaded, total))).parts())
+
+    try:
+        return Engine.build(
+            config.model_dir,
+            _DTYPES[config.dtype],
+            torch.device(config.device),
+            config.kv_bytes,
+            config.block_tokens,
+            config.max_model_len,
+            config.max_batch,
+            config.threads,
+            progress,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

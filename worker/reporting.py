@@ -1,0 +1,116 @@
+"""What the step loop counts for metrics and traces, and how it gets to the service: at most one report per step."""
+
+from collections import deque
+
+from ..core.frames import Report
+from ..core.request import Load, TimedPart
+from ..kv_transfer.transport import Moved
+from ..observe import names
+from ..wire.worker_codec import report_to_bytes
+from .records import Kind, Record
+from .ring import Ring, RingFull
+from .roster import Member
+
+_MAX_PARTS = (
+    4096  # more than these are dropped, oldest first: a trace may lack a part, a worker may not run out of memory
+)
+_MAX_STEPS = 4096
+_QUIET_S = 0.25  # counts alone wait this long
+_RATE_PIECES = 64
+
+Attributes = tuple[tuple[str, str | int | float | bool], ...]
+
+
+class Reporter:
+    """Counts since the last report. Called by the step loop's thread alone."""
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+        self._parts: deque[TimedPart] = deque(maxlen=_MAX_PARTS)
+        self._steps: deque[tuple[int, float]] = deque(maxlen=_MAX_STEPS)
+        self._tokens = self._prefill_tokens = self._cached_tokens = 0
+        self._moved: list[Moved] = []
+        self._recent: deque[Moved] = deque(maxlen=_RATE_PIECES)
+        self._due = 0.0
+        self.steps = 0
+
+    def part(self, member: Member, name: str, start_ns: int, end_ns: int, attributes: Attributes = ()) -> None:
+        """One part of a sequence's life; nothing for a sequence without a trace."""
+        if member.request.traceparent:
+            self._parts.append(
+                TimedPart(
+                    sequence_id=member.sequence_id,
+                    name=name,
+                    traceparent=member.request.traceparent,
+                    start_ns=start_ns,
+                    end_ns=end_ns,
+                    attributes=attributes,
+                )
+            )
+
+    def step(self, sequences: int, seconds: float, sampled: int, prefill_tokens: int = 0) -> None:
+        self._steps.append((sequences, seconds))
+        self._tokens += sampled
+        self._prefill_tokens += prefill_tokens
+        self.steps += 1
+
+    def cached(self, tokens: int) -> None:
+        """Prompt tokens found in the prefix cache."""
+        self._cached_tokens += tokens
+
+    def transferred(self, moved: list[Moved]) -> None:
+        self._moved += [one for one in moved if one.num_blocks]
+        self._recent.extend(one for one in moved if one.num_blocks)
+
+    def gb_per_s(self) -> float:
+        """Over the last pieces; 0: none yet."""
+        nanoseconds = sum(one.end_ns - one.start_ns for one in self._recent)
+        return sum(one.num_bytes for one in self._recent) / nanoseconds if nanoseconds else 0.0
+
+    def due(self, now: float) -> bool:
+        """Parts go at once, counts alone now and then."""
+        return bool(self._parts) or (self.pending() and now >= self._due)
+
+    def flush(self, now: float, load: Load, cached_blocks: int, held_blocks: int, lent_blocks: int) -> None:
+        """Send a report. While the ring is full it waits for a later step."""
+        report = Report(
+            parts=tuple(self._parts),
+            batch_sizes=tuple(size for size, _ in self._steps),
+            step_s=tuple(seconds for _, seconds in self._steps),
+            tokens=self._tokens,
+            prefill_tokens=self._prefill_tokens,
+            cached_tokens=self._cached_tokens,
+            transfers=len(self._moved),
+            transfer_bytes=sum(one.num_bytes for one in self._moved),
+            transfer_s=sum(one.end_ns - one.start_ns for one in self._moved) / 1e9,
+            load=load,
+            cached_blocks=cached_blocks,
+            held_blocks=held_blocks,
+            lent_blocks=lent_blocks,
+        )
+        try:
+            self._ring.put(*Record(Kind.REPORT, 0, report_to_bytes(report)).parts())
+        except RingFull:
+            return
+        self._due = now + _QUIET_S
+        self._parts.clear()
+        self._steps.clear()
+        self._moved.clear()
+        self._tokens = self._prefill_tokens = self._cached_tokens = 0
+
+    def pending(self) -> bool:
+        return bool(self._parts or self._steps or self._moved)
+
+
+def transfer_attributes(moved: list[Moved], transport: str, ticket_id: str) -> Attributes:
+    """What a span tells of the pieces it covers."""
+    num_bytes = sum(one.num_bytes for one in moved)
+    nanoseconds = sum(one.end_ns - one.start_ns for one in moved)
+    return (
+        (names.TICKET_ID, ticket_id),
+        (names.TRANSFER_BYTES, num_bytes),
+        (names.TRANSFER_BLOCKS, sum(one.num_blocks for one in moved)),
+        (names.TRANSFER_PIECES, len(moved)),
+        (names.TRANSFER_GB_PER_S, num_bytes / nanoseconds if nanoseconds else 0.0),
+        (names.TRANSFER_TRANSPORT, transport),
+    )
