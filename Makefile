@@ -39,8 +39,8 @@ protos: $(STAMP) ## make the stubs beside protos/baton/v1/*.proto anew
 		protos/baton/v1/*.proto
 	$(BIN)/buf lint
 
-bench: $(STAMP) ## benchmarks, as tables
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(STAMP) ## Baton beside transformers on this machine, as a table (about ten minutes)
+	$(BIN)/python benchmarks/serving.py $(ARGS)
 
 test-gpu: $(STAMP) ## tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)

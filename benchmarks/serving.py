@@ -178,15 +178,22 @@ def rows_of(work: Workload, seconds: dict[tuple[str, int], float]) -> list[Row]:
     peer = seconds[best["transformers"]]
     return [
         Row(
-            work.name, side, cell[1], seconds[cell], sum(work.new_tokens) / seconds[cell],
-            max(work.new_tokens) / seconds[cell], peer / seconds[cell],
+            work.name,
+            side,
+            cell[1],
+            seconds[cell],
+            sum(work.new_tokens) / seconds[cell],
+            max(work.new_tokens) / seconds[cell],
+            peer / seconds[cell],
         )  # fmt: skip
         for side, cell in best.items()
     ]
 
 
 def print_table(rows: list[Row]) -> None:
-    print(f"\n{'workload':<11} {'side':<13} {'threads':>7} {'seconds':>8} {'tok/s':>8} {'steps/s':>8} {'x transformers':>14}")
+    print(
+        f"\n{'workload':<11} {'side':<13} {'threads':>7} {'seconds':>8} {'tok/s':>8} {'steps/s':>8} {'x transformers':>14}"
+    )
     for row in rows:
         print(
             f"{row.workload:<11} {row.side:<13} {row.threads:>7} {row.seconds:>8.2f} {row.tokens_per_s:>8.0f}"
@@ -240,14 +247,17 @@ def main() -> None:
     else:
         from tests.e2e.cluster import serve
 
-        with tempfile.TemporaryDirectory() as folder, serve(
-            Path(folder), "--model", str(args.model), "--dtype", args.dtype, "--threads", "1"
-        ) as cluster:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            serve(Path(folder), "--model", str(args.model), "--dtype", args.dtype, "--threads", "1") as cluster,
+        ):
             sides["cluster"] = cluster_side(cluster.grpc_address)
             run_all()
     print_table(rows)
     if args.json:
-        args.json.write_text(json.dumps({**versions(), "dtype": args.dtype, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({**versions(), "dtype": args.dtype, "rows": [asdict(r) for r in rows]}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -201,9 +201,9 @@ def _folders() -> Iterator[Folders]:
     base = tempfile.gettempdir()
     run = Path(tempfile.mkdtemp(prefix="baton-", dir=base if len(base) < _SOCKET_PATH_MOST - 16 else "/tmp"))  # noqa: S108
     shared = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else run
-    rings = Path(tempfile.mkdtemp(prefix="baton-", dir=shared))
-    folders = Folders(run, run / "logs", rings)
+    folders = Folders(run, run / "logs", run / "rings" if shared == run else shared / run.name)
     folders.logs.mkdir()
+    folders.rings.mkdir(mode=0o700)
     try:
         yield folders
     finally:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..core.ids import BlockId
+from ..kernels.block_copy import gather_blocks, scatter_blocks
 from .integrity import Bytes
 
 
@@ -34,25 +35,27 @@ class BlockPool:
 
     def gather(self, blocks: Sequence[BlockId], after: torch.cuda.Event | None = None) -> Bytes:
         """Copy of the blocks, [n, B] u8 contiguous, on the host."""
-        if self._stream is None or self._host is not None:
-            assert self._host is not None
+        if self._host is not None:
             return self._host[np.asarray(blocks, dtype=np.int64)]
+        assert self._stream is not None
         with torch.cuda.stream(self._stream):
             if after is not None:
                 self._stream.wait_event(after)
-            host = self._pool.index_select(0, self._ids(blocks)).to("cpu")
+            out = torch.empty(len(blocks), self.block_bytes, dtype=torch.uint8, device=self._pool.device)
+            gather_blocks(self._pool, self._ids(blocks), out)
+            host = out.to("cpu")
         return host.numpy()
 
     def scatter(self, blocks: Sequence[BlockId], source: Bytes) -> None:
         """source [n, B] u8; every byte is in the pool on return."""
         assert source.shape == (len(blocks), self.block_bytes), (source.shape, len(blocks), self.block_bytes)
-        if self._stream is None or self._host is not None:
-            assert self._host is not None
+        if self._host is not None:
             self._host[np.asarray(blocks, dtype=np.int64)] = source
             return
+        assert self._stream is not None
         with torch.cuda.stream(self._stream):
             staged = torch.from_numpy(np.array(source)).to(self._pool.device)  # a mapped object is read-only
-            self._pool.index_copy_(0, self._ids(blocks), staged)
+            scatter_blocks(self._pool, self._ids(blocks), staged)
         self._stream.synchronize()
 
     def _ids(self, blocks: Sequence[BlockId]) -> torch.Tensor:

@@ -29,7 +29,7 @@ from .transport import Moved, moved, read, write_verified
 NAMESPACE = "baton"
 """Ranks are named actors of this Ray namespace; an actor's name is its inbox, its method `deliver` takes a message."""
 
-_ANNOUNCE_S = 10.0
+_ANNOUNCE_S = 20.0
 _READ_S = 30.0
 _THREADS = 2
 

@@ -38,7 +38,7 @@ from .telemetry import Telemetry
 log = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
-CLOSE_S = 5.0  # for the doors to close once all requests have ended
+CLOSE_S = 2.0  # for the doors to close once all requests have ended
 
 
 def main() -> None:

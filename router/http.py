@@ -89,7 +89,7 @@ class HttpDoor:
                 server_header=False,
                 ws="none",
                 timeout_keep_alive=30,
-                timeout_graceful_shutdown=5,
+                timeout_graceful_shutdown=2,
                 ssl_certfile=certificate,
                 ssl_keyfile=key,
             )
@@ -103,7 +103,7 @@ class HttpDoor:
         """Refuses new connections, lets the open ones finish for some seconds."""
         self._server.should_exit = True
         if self._task is not None:
-            await asyncio.wait([self._task], timeout=10)
+            await asyncio.wait([self._task], timeout=4)
         self._socket.close()
 
 

@@ -117,7 +117,7 @@ class Relay:
             task.cancel()
         if late:
             log.warning("%d requests did not end in %.0f s and were ended", len(late), timeout_s)
-            await asyncio.wait(late, timeout=5)
+            await asyncio.wait(late, timeout=2)
 
     async def tokenise(self, prompt: Prompt, max_tokens: int | None) -> tuple[int, ...]:
         """Tokens of text or chat, off the event loop. `max_tokens`: a prompt that surely has more is refused at once.

@@ -1,4 +1,4 @@
-"""Stand-ins that several folders' tests share: a model whose answers depend on every byte of its KV, and threads by hand."""
+"""Stand-ins that several folders' tests share: a model whose answers depend on all of its KV, and threads by hand."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ class _Config:
 
 
 class FakeModel:
-    """Writes each token and its position as KV, and chooses the next token from all KV that the sequence's blocks hold."""
+    """Writes each token and its position as KV, and chooses the next token from all KV in the sequence's blocks."""
 
     config = _Config()
     device = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""A prefill and a decode worker's step loops in one process, and a router that knows just enough to drive them by hand."""
+"""A prefill and a decode worker's step loops in one process, and a router that knows just enough to drive them."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from baton.worker.reporting import Reporter
 from baton.worker.ring import RingPair
 from baton.worker.roster import Limits
 
-from .fakes import HandCranked, fake_engine
+from .fakes import VOCAB, HandCranked, fake_engine
 
 HANDOVER_S = 60.0
 
@@ -54,7 +54,10 @@ class Worker:
         identity = Identity(WorkerId(name), Epoch(1), name)
         outbox, reporter = Outbox(self.rank_rings.outgoing), Reporter(self.rank_rings.outgoing)
         limits = Limits(
-            max_waiting=max_waiting, max_model_len=engine.max_model_len, num_blocks=engine.ledger.num_blocks
+            max_waiting=max_waiting,
+            max_model_len=engine.max_model_len,
+            num_blocks=engine.ledger.num_blocks,
+            vocab_size=VOCAB,
         )
         wake = self.inbox.wakeup.ring
         self.role: Role

@@ -13,7 +13,7 @@ from ..wire.codec import frame_to_bytes
 from .records import Kind, Record
 from .ring import Ring, RingFull
 
-_TOKENS_PER_FRAME = 4096  # with the most logprobs about 1 MiB, far below the ring's capacity
+_MAX_SIZE = 4096  # in tokens: with the most logprobs about 1 MiB, far below the ring's capacity
 
 
 @dataclass(slots=True)
@@ -23,7 +23,7 @@ class _Draft:
     tickets: list[TicketGranted] = field(default_factory=list)
     tokens: dict[SequenceId, list[SequenceTokens]] = field(default_factory=dict)
     ended: dict[SequenceId, Ended] = field(default_factory=dict)
-    num_tokens: int = 0
+    size: int = 0  # tokens, and what else grows, roughly
 
     def frame(self, load: Load | None) -> WorkerFrame:
         return WorkerFrame(
@@ -59,17 +59,19 @@ class Outbox:
         draft = self._draft(link, granted.sequence_id)
         if draft is not None:
             draft.tickets.append(granted)
+            draft.size += len(granted.ticket.wanted)
 
     def tokens(self, link: int, tokens: SequenceTokens) -> None:
         draft = self._draft(link, tokens.sequence_id)
         if draft is not None:
             draft.tokens.setdefault(tokens.sequence_id, []).append(tokens)
-            draft.num_tokens += len(tokens.token_ids)
+            draft.size += len(tokens.token_ids)
 
     def ended(self, link: int, ended: Ended) -> None:
         draft = self._draft(link, ended.sequence_id)
         if draft is not None:
             draft.ended[ended.sequence_id] = ended
+            draft.size += len(ended.error_message)
 
     def flush(self, load: Load) -> bool:
         """Send what there is, and the load where it has changed. False: the ring is full, something is still here."""
@@ -95,7 +97,7 @@ class Outbox:
         if state is None:
             return None
         last = state.drafts[-1] if state.drafts else None
-        if last is None or sequence_id in last.ended or last.num_tokens >= _TOKENS_PER_FRAME:
+        if last is None or sequence_id in last.ended or last.size >= _MAX_SIZE:
             last = _Draft()
             state.drafts.append(last)
         return last

@@ -52,6 +52,7 @@ class Rank:
             max_waiting=self.config.max_waiting,
             max_model_len=self.engine.max_model_len,
             num_blocks=self.engine.ledger.num_blocks,
+            vocab_size=self.engine.config.vocab_size,
         )
 
     def run(self, role: Role) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from ..core.errors import BatonError, ContextExceeded, Overloaded, Unavailable
+from ..core.errors import BatonError, ContextExceeded, InvalidRequest, Overloaded, Unavailable
 from ..core.ids import SequenceId
 from ..core.request import Ended, EndReason, Request
 
@@ -33,6 +33,7 @@ class Limits:
     max_waiting: int
     max_model_len: int
     num_blocks: int
+    vocab_size: int
 
 
 class Roster(Generic[M]):
@@ -81,6 +82,8 @@ class Roster(Generic[M]):
         limits, length = self._limits, len(request.prompt) + request.sampling.max_tokens
         if self.draining:
             return Unavailable("the worker is draining")
+        if max(request.prompt) >= limits.vocab_size:
+            return InvalidRequest(f"the prompt holds a token beyond the model's {limits.vocab_size}")
         if length > limits.max_model_len:
             return ContextExceeded(
                 f"prompt and answer are {length} tokens together, the model's context holds {limits.max_model_len}"

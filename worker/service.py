@@ -108,10 +108,16 @@ async def serve(
             for part in report.parts:
                 traces.emit(part)
 
-        client = RankClient(rings, on_report, progress)
+        try:
+            client = RankClient(rings, on_report, progress)
+        except ProcessLookupError:
+            raise WorkerLost("the worker's step loop died as it started") from None
         stack.callback(client.close)
-        async with asyncio.timeout(config.start_timeout_s):
-            loaded = await client.ready
+        try:
+            async with asyncio.timeout(config.start_timeout_s):
+                loaded = await client.ready
+        except TimeoutError:
+            raise WorkerLost("the worker's step loop did not load its model in time") from None
         shown = metrics.start_http(counts, config.host, config.metrics_port)
         stack.push_async_callback(asyncio.to_thread, shown.close)
         await _serve_ready(config, client, loaded, shown.address, stop, ready)

@@ -9,14 +9,13 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-from transformers import GenerationConfig, LlamaConfig
-
 import evaluate
 import figures
+import torch
 from model import CONTEXT, DRAFT, HEAD, NORM_EPS, TARGET, THETA, Llama, Shape, num_parameters
+from safetensors.torch import load_file
 from train_tokenizer import BEGIN, END, PAD, TURN_END
+from transformers import GenerationConfig, LlamaConfig
 
 HERE = Path(__file__).parent
 NAMES = {"target": "baton-docs-6m", "draft": "baton-docs-1m"}

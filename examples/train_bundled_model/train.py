@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from model import CONTEXT, DRAFT, TARGET, Llama, num_parameters
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
-
-from model import CONTEXT, DRAFT, TARGET, Llama, num_parameters
 
 HERE = Path(__file__).parent
 SHORT = 1024  # sequence length of the first stage; the last stage trains at CONTEXT

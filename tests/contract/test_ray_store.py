@@ -1,4 +1,4 @@
-"""The object store, with a small local Ray. The test process is the source and the reader's pool; a mailbox actor per end
+"""The object store, with a small local Ray. The test process has both ends' pools; a mailbox actor per end
 stands where a rank's actor would, so that announcements and refs really cross process borders."""
 
 import os

@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import grpc
-import redis
 
 from baton.v1 import worker_pb2, worker_pb2_grpc
 from baton.wire.registry import Registry
@@ -20,8 +19,10 @@ def workers(cluster: Cluster) -> dict[str, Any]:
 
     async def read() -> dict[str, Any]:
         registry = Registry(cluster.redis_url, "baton")
+        fleet: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        registry.watch(lambda records: fleet.done() or not records or fleet.set_result(records))
         try:
-            return {str(key): record for key, record in (await registry.list()).items()}
+            return {str(key): record for key, record in (await asyncio.wait_for(fleet, 20)).items()}
         finally:
             await registry.close()
 
@@ -61,8 +62,3 @@ def assert_clean(cluster: Cluster, timeout_s: float = 30.0) -> None:
     while (found := faults(cluster)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not found, "\n".join(found)
-
-
-def flush(cluster: Cluster) -> None:
-    """Empties the cluster's Redis, as an accident would."""
-    redis.Redis.from_url(cluster.redis_url).flushall()

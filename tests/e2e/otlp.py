@@ -21,7 +21,7 @@ class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
 
-    def Export(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802, ARG002 (the contract's name)
+    def Export(self, request: Any, context: grpc.ServicerContext) -> Any:
         with self._lock:
             for resource in request.resource_spans:
                 names = {a.key: a.value.string_value for a in resource.resource.attributes}

@@ -11,7 +11,6 @@ import grpc
 import pytest
 
 from baton.v1 import inference_pb2 as pb
-from baton.v1 import inference_pb2_grpc
 
 from .cluster import Cluster
 from .ledgers import assert_clean
@@ -163,7 +162,9 @@ def other_cases() -> list[Case]:
         Case("tokenize an empty chat", "Tokenize", pb.TokenizeRequest(chat=pb.Chat()), INVALID),
         Case("detokenize nothing", "Detokenize", pb.DetokenizeRequest(), OK),
         Case("detokenize beyond the vocabulary", "Detokenize", pb.DetokenizeRequest(token_ids=[VOCAB]), INVALID),
-        Case("detokenize for an unknown model", "Detokenize", pb.DetokenizeRequest(model="x", token_ids=[5]), NOT_FOUND),
+        Case(
+            "detokenize for an unknown model", "Detokenize", pb.DetokenizeRequest(model="x", token_ids=[5]), NOT_FOUND
+        ),
         Case("get no model", "GetModel", pb.GetModelRequest(), OK),
         Case("get an unknown model", "GetModel", pb.GetModelRequest(model="x"), NOT_FOUND),
         Case("cancel without a name", "Cancel", pb.CancelRequest(), INVALID),
@@ -179,7 +180,9 @@ def garbage_cases() -> list[Case]:
     """Bytes that are no message: wrong wire types, cut short, text that is not UTF-8."""
     return [
         Case("garbage", "Generate", b"\xff" * 64, INVALID),
-        Case("a cut message", "Generate", generate(text="hello there").SerializeToString()[:-20] + b"\x12\x7f", INVALID),
+        Case(
+            "a cut message", "Generate", generate(text="hello there").SerializeToString()[:-20] + b"\x12\x7f", INVALID
+        ),
         Case("a number where a text belongs", "Generate", b"\x12\xff", INVALID),
         Case("text that is not UTF-8", "Generate", b"\x1a\x02\xc3\x28", INVALID),
         Case("a length beyond the message", "Tokenize", b"\x12\xff\xff\xff\xff\x0f", INVALID),
@@ -192,7 +195,9 @@ CASES = sampling_cases() + input_cases() + other_cases() + garbage_cases()
 def outcome(channel: grpc.Channel, case: Case) -> grpc.StatusCode:
     """Sends the bytes themselves, so that what no client library would send can be sent too."""
     path = f"/baton.v1.InferenceService/{case.method}"
-    encode: Callable[[Any], bytes] = lambda message: message if isinstance(message, bytes) else message.SerializeToString()
+    encode: Callable[[Any], bytes] = lambda message: (
+        message if isinstance(message, bytes) else message.SerializeToString()
+    )
     kind = channel.unary_stream if case.method == "Generate" else channel.unary_unary
     call = kind(path, request_serializer=encode)
     try:
@@ -216,7 +221,11 @@ def test_the_table_holds_at_least_100_cases() -> None:
 def test_every_bad_request_gets_the_right_status(cluster: Cluster) -> None:
     options = [("grpc.max_send_message_length", -1)]
     with grpc.insecure_channel(cluster.grpc_address, options=options) as channel:
-        wrong = [(case.name, case.status.name, got.name) for case in CASES if (got := outcome(channel, case)) is not case.status]
+        wrong = [
+            (case.name, case.status.name, got.name)
+            for case in CASES
+            if (got := outcome(channel, case)) is not case.status
+        ]
     assert not wrong, "\n".join(f"{name}: {expected} expected, {got} given" for name, expected, got in wrong)
     assert_clean(cluster)
 

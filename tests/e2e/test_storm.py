@@ -24,7 +24,9 @@ def one_request(stub: inference_pb2_grpc.InferenceServiceStub, number: int) -> s
     prompt = [dice.randrange(300, 4000) for _ in range(dice.randint(1, 400))]
     sampling = pb.SamplingParams(max_tokens=dice.randint(1, 60), temperature=0.7, seed=number, n=1 + (number % 10 == 0))
     name = f"storm-{number}"
-    call = stub.Generate(pb.GenerateRequest(request_id=name, token_ids=pb.TokenIds(ids=prompt), sampling=sampling), timeout=120)
+    call = stub.Generate(
+        pb.GenerateRequest(request_id=name, token_ids=pb.TokenIds(ids=prompt), sampling=sampling), timeout=120
+    )
     by_rpc = number % 6 == 0
     timer = None
     if number % 3 == 0:
@@ -68,7 +70,9 @@ def test_200_requests_a_third_cancelled_leave_every_block_free(cluster: Cluster)
 def test_a_passed_deadline_ends_the_request_and_frees_its_blocks(
     cluster: Cluster, stub: inference_pb2_grpc.InferenceServiceStub
 ) -> None:
-    request = pb.GenerateRequest(text="The string methods", sampling=pb.SamplingParams(max_tokens=3000, ignore_eos=True))
+    request = pb.GenerateRequest(
+        text="The string methods", sampling=pb.SamplingParams(max_tokens=3000, ignore_eos=True)
+    )
     try:
         list(stub.Generate(request, timeout=0.5))
         raise AssertionError("3,000 tokens in half a second")

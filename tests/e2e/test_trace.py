@@ -15,7 +15,9 @@ def test_one_trace_holds_router_prefill_transfer_and_decode(
     cluster: Cluster, stub: inference_pb2_grpc.InferenceServiceStub, receiver: Receiver
 ) -> None:
     name = f"traced-{secrets.token_hex(4)}"
-    request = pb.GenerateRequest(request_id=name, text="Return a list of", sampling=pb.SamplingParams(max_tokens=8, ignore_eos=True))
+    request = pb.GenerateRequest(
+        request_id=name, text="Return a list of", sampling=pb.SamplingParams(max_tokens=8, ignore_eos=True)
+    )
     usage = list(stub.Generate(request, timeout=60))[-1].usage
     trace_id = stub.Explain(pb.ExplainRequest(request_id=name), timeout=10).trace_id
 

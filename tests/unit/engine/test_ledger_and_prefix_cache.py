@@ -24,10 +24,12 @@ class Storm(RuleBasedStateMachine):
         self.known: dict[tuple[int, ...], int] = {}  # all tokens up to a block's end -> block
         self.idle: list[int] = []  # cached blocks, longest unused first
 
-    @rule(letters=st.lists(st.integers(0, 1), max_size=5), extra=st.integers(0, 2))
+    @rule(letters=st.lists(st.integers(0, 1), min_size=1, max_size=4), extra=st.integers(0, 1))
     def start(self, letters: list[int], extra: int) -> None:
+        while len(self.sequences) > 2:  # so that much is cached and evicted
+            self._release(self.sequences.pop(0))
         tokens = [letter for letter in letters for _ in range(BLOCK)]
-        expected = []
+        expected: list[int] = []
         for end in range(BLOCK, len(tokens) + 1, BLOCK):
             if tuple(tokens[:end]) not in self.known:
                 break
@@ -42,6 +44,20 @@ class Storm(RuleBasedStateMachine):
                 self.ledger.allocate(missing)
             self._release(found)
             return
+        fresh = self._allocate(missing)
+        self._insert(tokens, found + fresh)
+        self.sequences.append(found + fresh)
+
+    @rule(letters=st.lists(st.integers(0, 1), min_size=1, max_size=2))
+    def start_at_the_same_time_as_another(self, letters: list[int]) -> None:
+        """It found nothing cached, since the other was not yet computed; now both insert the same."""
+        tokens = [letter for letter in letters for _ in range(BLOCK)]
+        if len(letters) <= self.holders_free():
+            blocks = self._allocate(len(letters))
+            self._insert(tokens, blocks)
+            self.sequences.append(blocks)
+
+    def _allocate(self, missing: int) -> list[BlockId]:
         fresh = self.ledger.allocate(missing)
         unknown = POOL - len(set(self.known.values()) | {b for b, n in self.holders.items() if n})
         for block in self.idle[: max(0, missing - unknown)]:  # the longest unused are evicted, and only those needed
@@ -51,12 +67,12 @@ class Storm(RuleBasedStateMachine):
             assert self.holders[block] == 0
             assert block not in self.known.values()
             self._hold(block)
-        self.cache.insert(tokens, found + fresh)
-        for index, block in enumerate(found + fresh):
-            prefix = tuple(tokens[: (index + 1) * BLOCK])
-            if index < len(letters):
-                self.known.setdefault(prefix, block)
-        self.sequences.append(found + fresh)
+        return fresh
+
+    def _insert(self, tokens: list[int], blocks: list[BlockId]) -> None:
+        self.cache.insert(tokens, blocks)
+        for end in range(BLOCK, len(tokens) + 1, BLOCK):
+            self.known.setdefault(tuple(tokens[:end]), blocks[end // BLOCK - 1])
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
@@ -106,7 +122,7 @@ class Storm(RuleBasedStateMachine):
                 self.idle.append(block)
 
 
-Storm.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+Storm.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
 TestStorm = Storm.TestCase
 
 

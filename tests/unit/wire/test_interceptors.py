@@ -40,7 +40,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
     async def nothing(self, context: Any) -> None:
         pass
 
-    async def Generate(  # noqa: N802 (as in the proto)
+    async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         try:
@@ -50,13 +50,13 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):
         finally:
             self.closed.set()
 
-    async def Cancel(self, request: inference_pb2.CancelRequest, context: Any) -> inference_pb2.CancelResponse:  # noqa: N802
+    async def Cancel(self, request: inference_pb2.CancelRequest, context: Any) -> inference_pb2.CancelResponse:
         await self.before(context)
         return inference_pb2.CancelResponse(found=True)
 
 
 class Links(link_pb2_grpc.LinkServiceServicer):
-    async def Connect(self, request_iterator: Any, context: Any) -> AsyncIterator[link_pb2.ConnectResponse]:  # noqa: N802
+    async def Connect(self, request_iterator: Any, context: Any) -> AsyncIterator[link_pb2.ConnectResponse]:
         async for _ in request_iterator:
             yield link_pb2.ConnectResponse()
 

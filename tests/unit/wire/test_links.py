@@ -33,7 +33,7 @@ class Worker(link_pb2_grpc.LinkServiceServicer):
         self.frames: asyncio.Queue[list[Command]] = asyncio.Queue()
         self.out: asyncio.Queue[WorkerFrame | None] = asyncio.Queue()
 
-    async def Connect(self, request_iterator: Any, context: Any) -> AsyncIterator[link_pb2.ConnectResponse]:  # noqa: N802
+    async def Connect(self, request_iterator: Any, context: Any) -> AsyncIterator[link_pb2.ConnectResponse]:
         self.frames.put_nowait(codec.decode_commands(await anext(request_iterator)))
         if not self.greets:
             yield codec.encode_frame(WorkerFrame(load=Load()))

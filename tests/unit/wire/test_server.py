@@ -27,12 +27,12 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self.called = asyncio.Event()
         self.answer = asyncio.Event()
 
-    async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:  # noqa: N802
+    async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> worker_pb2.DrainResponse:
         self.called.set()
         await self.answer.wait()
         return worker_pb2.DrainResponse(drained=True)
 
-    async def GetStatus(self, request: worker_pb2.GetStatusRequest, context: Any) -> worker_pb2.GetStatusResponse:  # noqa: N802
+    async def GetStatus(self, request: worker_pb2.GetStatusRequest, context: Any) -> worker_pb2.GetStatusResponse:
         return worker_pb2.GetStatusResponse(worker_id="x" * 200_000)
 
 

@@ -255,6 +255,17 @@ def test_every_part_of_a_sequence_is_reported_for_its_trace(pair: Pair) -> None:
         worker.loop.turn()
         pair.hear(worker)
     assert sorted(pair.parts) == sorted(
-        [names.SPAN_QUEUE, names.SPAN_QUEUE, names.SPAN_PREFILL, names.SPAN_OFFER]
-        + [names.SPAN_RESERVE, names.SPAN_TRANSFER, names.SPAN_DECODE]
+        [
+            *(names.SPAN_QUEUE, names.SPAN_QUEUE, names.SPAN_PREFILL, names.SPAN_OFFER),
+            *(names.SPAN_RESERVE, names.SPAN_TRANSFER, names.SPAN_DECODE),
+        ]
     )
+
+
+def test_a_token_beyond_the_vocabulary_ends_its_request_alone(pair: Pair) -> None:
+    bad = pair.admit("a", [1, 97], 5)
+    good = pair.admit("b", [1, 96], 5)
+    pair.settle()
+    assert [ended.error_code for ended in pair.seen[bad].ended.values()] == ["InvalidRequest", "InvalidRequest"]
+    assert pair.seen[good].answer == answer([1, 96], 5)
+    pair.assert_clean()

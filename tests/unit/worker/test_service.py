@@ -1,8 +1,7 @@
-"""Both kinds of worker as they run in a cluster, service and rank, but in one process, over loopback and without Redis."""
+"""Both kinds of worker as in a cluster, service and rank, but in one process, over loopback and without Redis."""
 
 import asyncio
 import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+import uvloop
 
 from baton.core.errors import WorkerLost
 from baton.core.frames import HandOver, Hello, Release
@@ -80,6 +80,12 @@ async def worker(folder: Path, role: str, hub: Hub, threads: ThreadPoolExecutor)
         assert not rank.is_alive()
 
 
+@pytest.fixture(params=[asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy], scope="module")
+def event_loop_policy(request: pytest.FixtureRequest) -> Any:
+    """Ray gives its asyncio actors uvloop when that is installed."""
+    return request.param()
+
+
 @pytest.fixture
 async def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Running, Running]]:
     monkeypatch.setattr("baton.worker.rank._engine", lambda config, rings: fake_engine())
@@ -98,6 +104,10 @@ class Link:
 
     async def send(self, *commands: Any) -> None:
         await self.call.write(codec.encode_commands(commands))
+
+    async def to_the_end(self) -> None:
+        while await self.call.read() is not grpc.aio.EOF:
+            pass
 
     async def frame(self) -> Any:
         message = await self.call.read()
@@ -200,7 +210,8 @@ with RingPair.for_rank(Path(sys.argv[1]), sys.argv[2]) as rings:
 
 async def test_a_dead_rank_ends_its_links_and_its_service(tmp_path: Path) -> None:
     settings = config(tmp_path, "decode")
-    rank = subprocess.Popen([sys.executable, "-c", _RANK, str(settings.ring_dir), settings.ring_name])
+    command = [sys.executable, "-c", _RANK, str(settings.ring_dir), settings.ring_name]
+    rank = await asyncio.create_subprocess_exec(*command)
     ready = asyncio.get_running_loop().create_future()
     service = asyncio.create_task(serve(settings, asyncio.Event(), ready.set_result))
     address = await ready
@@ -210,9 +221,8 @@ async def test_a_dead_rank_ends_its_links_and_its_service(tmp_path: Path) -> Non
         assert (await link.frame()).welcome is not None
         rank.send_signal(signal.SIGKILL)
         with pytest.raises(grpc.aio.AioRpcError) as end:
-            while await link.call.read() is not grpc.aio.EOF:
-                pass
+            await link.to_the_end()
         assert end.value.code() is grpc.StatusCode.UNAVAILABLE
         with pytest.raises(WorkerLost):
             await service
-    rank.wait(30)
+    await rank.wait()

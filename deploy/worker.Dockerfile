@@ -1,0 +1,12 @@
+# A whole cluster in one container, or a worker: torch, Ray, Redis server. For GPUs run it with --gpus all.
+# Build from the repository's root: docker build -f deploy/worker.Dockerfile -t baton .
+# The project's tests do not build this image.
+FROM python:3.11-slim
+WORKDIR /opt/baton
+COPY . .
+# Editable, so that the bundled model in models/ is found.
+RUN pip install --no-cache-dir -e ".[worker]" && useradd --create-home baton
+USER baton
+EXPOSE 50051 8000 9400
+# Ray keeps KV that is on its way in shared memory: run with --shm-size=1g or more.
+ENTRYPOINT ["baton", "serve", "--host", "0.0.0.0", "--log-format", "json"]

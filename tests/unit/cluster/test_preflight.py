@@ -1,0 +1,107 @@
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from baton.cluster import preflight
+from baton.cluster.config import ServeConfig
+from baton.cluster.plan import count_gpus, gpu_share
+from baton.cluster.preflight import ModelSize
+from baton.core.errors import ConfigError
+
+SIZE = ModelSize(max_position_embeddings=4096, dtype="bfloat16", weight_bytes=12 << 20, kv_bytes_per_token=4096)
+LLAMA = {
+    "num_attention_heads": 8,
+    "hidden_size": 512,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 128,
+    "torch_dtype": "bfloat16",
+}
+
+
+def write_model(folder: Path, **changes: object) -> Path:
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+    (folder / "model.safetensors").write_bytes(b"0" * 1000)
+    return folder
+
+
+def test_a_model_is_measured_from_its_files(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    size = preflight.measure_model(tmp_path, "auto")
+    assert (size.dtype, size.weight_bytes, size.kv_bytes_per_token) == ("bfloat16", 1000, 4 * 2 * 2 * 64 * 2)
+    assert preflight.measure_model(tmp_path, "float32").weight_bytes == 2000
+    write_model(tmp_path, torch_dtype="float16", head_dim=32)
+    size = preflight.measure_model(tmp_path, "auto")
+    assert (size.dtype, size.kv_bytes_per_token) == ("bfloat16", 4 * 2 * 2 * 32 * 2)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"num_attention_heads": "x"}'])
+def test_a_config_that_is_none_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="is not that of") as caught:
+        preflight.measure_model(tmp_path, "auto")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_taken_port_is_told_before_anything_starts() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"Port {port} is taken.*--http-port"):
+            preflight.check_ports(ServeConfig(grpc_port=free_port(), http_port=port, metrics_port=free_port()))
+
+
+def test_an_address_of_another_machine_is_told() -> None:
+    with pytest.raises(ConfigError, match="no address of this machine"):
+        preflight.check_ports(ServeConfig(host="203.0.113.1", grpc_port=free_port()))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_the_context_is_the_models_unless_less_is_asked_for() -> None:
+    assert preflight.settle_context(ServeConfig(), SIZE) == 4096
+    assert preflight.settle_context(ServeConfig(max_model_len=100), SIZE) == 100
+    with pytest.raises(ConfigError, match="at most 4096"):
+        preflight.settle_context(ServeConfig(max_model_len=5000), SIZE)
+
+
+def test_kv_memory_is_a_share_of_what_is_free_and_holds_a_request() -> None:
+    assert preflight.settle_kv_bytes(ServeConfig(), SIZE, 4096, 24 << 30) == 1 << 30
+    small = preflight.settle_kv_bytes(ServeConfig(), SIZE, 4096, 4 << 30)
+    assert 4096 * 4096 <= small < 1 << 30
+    assert preflight.settle_kv_bytes(ServeConfig(kv_memory=99 << 20), SIZE, 4096, 24 << 30) == 99 << 20
+
+
+def test_too_little_memory_is_told_with_the_arithmetic() -> None:
+    with pytest.raises(ConfigError, match=r"2 workers x .* = 1\.9 GiB, free are 1\.0 GiB"):
+        preflight.settle_kv_bytes(ServeConfig(), SIZE, 4096, 1 << 30)
+    with pytest.raises(ConfigError, match=r"holds no request of 4096 tokens, which takes 16\.0 MiB"):
+        preflight.settle_kv_bytes(ServeConfig(kv_memory=1 << 20), SIZE, 4096, 24 << 30)
+
+
+def test_free_memory_is_positive() -> None:
+    assert preflight.free_memory() > 0
+
+
+def test_gpus_are_counted_without_torch(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    assert count_gpus("auto", {}, tmp_path) == 2
+    assert count_gpus("auto", {"CUDA_VISIBLE_DEVICES": "1"}, tmp_path) == 1
+    assert count_gpus("auto", {"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == 0
+    assert count_gpus("cpu", {}, tmp_path) == 0
+    assert count_gpus("auto", {}, tmp_path / "none") == 0
+    with pytest.raises(ConfigError, match="no GPU is here"):
+        count_gpus("cuda", {}, tmp_path / "none")
+
+
+@pytest.mark.parametrize(("gpus", "workers", "share"), [(0, 2, 0), (1, 2, 0.5), (2, 2, 1), (8, 2, 1), (2, 3, 0.5)])
+def test_workers_share_the_gpus_so_that_all_fit(gpus: int, workers: int, share: float) -> None:
+    assert gpu_share(gpus, workers) == share
