@@ -4,11 +4,11 @@
 
 What is compared: seconds for N requests, all there at the start, to have all their tokens.
   transformers   `generate` on one left-padded batch (static cache of the library's choice, sdpa attention)
-  engine         Baton's engine in this process: prefill in chunks, then one decode step for all, finished ones leave
+  engine         Baton's engine in this process: prefill in chunks, then decode steps for all that have not finished
   cluster        the same requests as N streams over gRPC: router, prefill worker, KV over Ray, decode worker
-Lengths: "equal" is 128 prompt and 128 new tokens each; "spread" draws both from a lognormal of mean 128, at most 512, with
-a fixed seed. Each side runs at its best thread count (1 and 2 are tried); rounds are interleaved and the median is kept.
-`steps/s` is decode steps per second: new tokens of the longest request over the seconds. Greedy, end of sequence ignored.
+Lengths: "equal" is 128 prompt and 128 new tokens each; "spread" draws both from a lognormal of mean 128, at most 512,
+with a fixed seed. Each side runs at its best thread count (1 and 2 are tried); rounds are interleaved, the median is
+kept. `steps/s`: new tokens of the longest request over the seconds. Greedy, end of sequence ignored.
 """
 
 from __future__ import annotations
@@ -170,22 +170,18 @@ def measure(sides: dict[str, Callable[[Workload], None]], work: Workload, rounds
 
 
 def rows_of(work: Workload, seconds: dict[tuple[str, int], float]) -> list[Row]:
-    best: dict[str, tuple[str, int]] = {}
-    for cell in seconds:
-        side = cell[0]
-        if side not in best or seconds[cell] < seconds[best[side]]:
-            best[side] = cell
+    best = {side: min((cell for cell in seconds if cell[0] == side), key=seconds.__getitem__) for side, _ in seconds}
     peer = seconds[best["transformers"]]
     return [
         Row(
-            work.name,
-            side,
-            cell[1],
-            seconds[cell],
-            sum(work.new_tokens) / seconds[cell],
-            max(work.new_tokens) / seconds[cell],
-            peer / seconds[cell],
-        )  # fmt: skip
+            workload=work.name,
+            side=side,
+            threads=cell[1],
+            seconds=seconds[cell],
+            tokens_per_s=sum(work.new_tokens) / seconds[cell],
+            steps_per_s=max(work.new_tokens) / seconds[cell],
+            times_transformers=peer / seconds[cell],
+        )
         for side, cell in best.items()
     ]
 

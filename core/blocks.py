@@ -1,6 +1,7 @@
 """Block keys: a chained hash that names what a full block holds, the same in every process and language.
 
-    key_i = BLAKE2b-128(key_{i-1} || token ids of unit i, little-endian u32)      key_{-1} = BLAKE2b-128(fingerprint, salt)
+    key_i = BLAKE2b-128(key_{i-1} || token ids of unit i, little-endian u32)
+    key_{-1} = BLAKE2b-128(fingerprint, salt)
 
 The unit is always 16 tokens, whatever the block size: a block takes the key of its last unit. Sources: the chained
 block hash of PagedAttention's prefix cache (Kwon et al., SOSP 2023, section 4), with a cryptographic hash, since a

@@ -98,5 +98,5 @@ _BY_CODE = {kind.__name__: kind for kind in BatonError.__subclasses__()}
 
 
 def from_code(code: str, message: str) -> BatonError:
-    """The error that a peer named on the wire. An unknown name becomes Unavailable, so that it never ends as INTERNAL."""
+    """The error that a peer named on the wire. An unknown name is Unavailable, so that it never ends as INTERNAL."""
     return _BY_CODE.get(code, Unavailable)(message)

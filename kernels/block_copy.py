@@ -19,7 +19,7 @@ def gather_blocks(pool: Tensor, ids: Tensor, out: Tensor) -> None:
 
 
 def scatter_blocks(pool: Tensor, ids: Tensor, source: Tensor) -> None:
-    """pool[ids[i]] = source[i].    pool [N, B] u8, ids [n] i32 or i64, all different, source [n, B] u8; B a multiple of 16."""
+    """pool[ids[i]] = source[i].    pool [N, B] u8, ids [n] i32 or i64, all different, source [n, B] u8; 16 divides B."""
     _check(pool, ids, source)
     library = cuda_library(pool.device)
     if library is None:
@@ -32,7 +32,8 @@ def scatter_blocks(pool: Tensor, ids: Tensor, source: Tensor) -> None:
 
 def _check(pool: Tensor, ids: Tensor, blocks: Tensor) -> None:
     assert pool.dtype == blocks.dtype == torch.uint8, (pool.dtype, blocks.dtype)
-    assert pool.ndim == 2 and blocks.shape == (ids.shape[0], pool.shape[1]), (pool.shape, ids.shape, blocks.shape)
+    assert pool.ndim == 2, pool.shape
+    assert blocks.shape == (ids.shape[0], pool.shape[1]), (pool.shape, ids.shape, blocks.shape)
     assert pool.shape[1] % 16 == 0, pool.shape
 
 

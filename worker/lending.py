@@ -54,7 +54,7 @@ class LoanFailed:
 class Lending:
     """Owns every loan of a source. Called by the step loop's thread alone."""
 
-    def __init__(  # noqa: PLR0917
+    def __init__(
         self,
         ledger: Ledger,
         transport: Transport,

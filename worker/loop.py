@@ -76,7 +76,7 @@ class Role(Protocol):
 class StepLoop:
     """Joins a role to the ring and the inbox."""
 
-    def __init__(  # noqa: PLR0917 (joins all parts, made in one place)
+    def __init__(
         self,
         role: Role,
         rings: RingPair,

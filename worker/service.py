@@ -132,7 +132,7 @@ async def drain(client: RankClient, timeout_s: float) -> int:
     return 0
 
 
-async def _serve_ready(  # noqa: PLR0917 (one caller)
+async def _serve_ready(
     config: WorkerConfig,
     client: RankClient,
     loaded: Ready,

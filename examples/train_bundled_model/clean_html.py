@@ -136,7 +136,7 @@ def paragraphs_of(blocks: list[Block]) -> list[Block]:
     pending: list[Block] = []  # headings and terms, waiting for prose
     for block in blocks:
         if block.kind.startswith("h") or (block.kind == "dt" and len(block.text) < 200):
-            pending = [b for b in pending if b.kind != block.kind][-1:] + [block]
+            pending = [*[b for b in pending if b.kind != block.kind][-1:], block]
         elif block.kind == "pre":
             if kept and not pending and kept[-1].kind != "pre" and is_short_code(block.text):
                 kept.append(block)

@@ -121,11 +121,11 @@ def merge_losses(results: Path) -> None:
     """One loss.csv of both models' curves."""
     with open(HERE / "loss.csv", "w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
-        for kind in NAMES:
+        for kind, name in NAMES.items():
             with open(results / f"{kind}_loss.csv") as part:
                 for number, row in enumerate(csv.reader(part)):
                     if number or kind == "target":
-                        rows.writerow([NAMES[kind] if number else "model", *row])
+                        rows.writerow([name if number else "model", *row])
 
 
 def main() -> None:

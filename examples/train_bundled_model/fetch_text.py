@@ -105,7 +105,7 @@ def drop_seen(document: Document, seen: set[bytes]) -> Document:
         key = hashlib.blake2b(re.sub(r"\W+", "", block.text.lower()).encode(), digest_size=8).digest()
         if key not in seen:
             seen.add(key)
-            fresh += pending + [block]
+            fresh += [*pending, block]
         pending = []
     return Document(document.name, document.title, fresh)
 

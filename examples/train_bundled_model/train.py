@@ -6,6 +6,7 @@ train.json. The learning rate follows the clock: warm-up, a plateau, then a fall
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import time
@@ -48,7 +49,7 @@ class Corpus:
         shift = len(packed["train"])
         self._tokens = np.concatenate([packed["train"], packed["chat"]])
         starts = np.concatenate([packed["train_starts"][:-1], packed["chat_starts"] + shift])
-        self._documents = [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+        self._documents = [slice(a, b) for a, b in itertools.pairwise(starts)]
         self._random = np.random.default_rng(1)
         self._device = device
         self.epochs = 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,14 +191,15 @@ def garbage_cases() -> list[Case]:
 CASES = sampling_cases() + input_cases() + other_cases() + garbage_cases()
 
 
+def as_bytes(message: Any) -> bytes:
+    return message if isinstance(message, bytes) else message.SerializeToString()
+
+
 def outcome(channel: grpc.Channel, case: Case) -> grpc.StatusCode:
     """Sends the bytes themselves, so that what no client library would send can be sent too."""
     path = f"/baton.v1.InferenceService/{case.method}"
-    encode: Callable[[Any], bytes] = lambda message: (
-        message if isinstance(message, bytes) else message.SerializeToString()
-    )
     kind = channel.unary_stream if case.method == "Generate" else channel.unary_unary
-    call = kind(path, request_serializer=encode)
+    call = kind(path, request_serializer=as_bytes)
     try:
         answer = call(case.request, timeout=60)
         if case.method == "Generate":
