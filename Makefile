@@ -1,5 +1,6 @@
 # One verb for each chore, for people and CI alike. PYTHON picks the interpreter of a new environment.
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$python && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.baton-installed
@@ -13,6 +14,7 @@ help: ## show this list
 setup: $(STAMP) ## make .venv and install everything (about 1.5 GB, two to three minutes)
 
 $(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Baton needs Python 3.11 or 3.12: install one, or say make PYTHON=/path/to/python3.12"; exit 1; }
 	@test -x $(BIN)/python || { echo "Making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing: torch is most of it, so this takes two to three minutes"
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -e ".[dev]"

@@ -188,7 +188,8 @@ def rows_of(work: Workload, seconds: dict[tuple[str, int], float]) -> list[Row]:
 
 def print_table(rows: list[Row]) -> None:
     print(
-        f"\n{'workload':<11} {'side':<13} {'threads':>7} {'seconds':>8} {'tok/s':>8} {'steps/s':>8} {'x transformers':>14}"
+        f"\n{'workload':<11} {'side':<13} {'threads':>7} {'seconds':>8} {'tok/s':>8} {'steps/s':>8}"
+        f" {'x transformers':>14}"
     )
     for row in rows:
         print(

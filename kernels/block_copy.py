@@ -19,7 +19,7 @@ def gather_blocks(pool: Tensor, ids: Tensor, out: Tensor) -> None:
 
 
 def scatter_blocks(pool: Tensor, ids: Tensor, source: Tensor) -> None:
-    """pool[ids[i]] = source[i].    pool [N, B] u8, ids [n] i32 or i64, all different, source [n, B] u8; 16 divides B."""
+    """pool[ids[i]] = source[i].    pool [N, B] u8, ids [n] i32 or i64, all different, source [n, B] u8."""
     _check(pool, ids, source)
     library = cuda_library(pool.device)
     if library is None:
