@@ -5,11 +5,12 @@
         for message in client.stream("The with statement"):
             print(message.text, end="")
 
-Errors are the classes of `baton.core.errors`, and `ServerFault` for a defect of the server.
+Errors are the classes of `baton.core.errors`, and `ServerFault` for a defect of the server, `NoAnswer` (an
+`Unavailable`) where no server is.
 """
 
 from .aio import AsyncInferenceClient
-from .errors import ServerFault
+from .errors import NoAnswer, ServerFault
 from .results import (
     Answer,
     ChatMessage,
@@ -22,6 +23,7 @@ from .results import (
     Sampling,
     TokenLogprobs,
     Usage,
+    Worker,
 )
 from .retry import Retry
 from .sync import InferenceClient
@@ -35,6 +37,7 @@ __all__ = [
     "InferenceClient",
     "Message",
     "ModelInfo",
+    "NoAnswer",
     "Output",
     "Prompt",
     "Retry",
@@ -42,4 +45,5 @@ __all__ = [
     "ServerFault",
     "TokenLogprobs",
     "Usage",
+    "Worker",
 ]

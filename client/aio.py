@@ -16,7 +16,7 @@ from ..v1 import inference_pb2_grpc as rpc
 from . import codec
 from .channel import DEFAULT_ADDRESS, OPTIONS, credentials, metadata
 from .errors import STREAM_BROKE, from_status
-from .results import ChatMessage, Collector, Explanation, Generation, Message, ModelInfo, Prompt, Sampling
+from .results import ChatMessage, Collector, Explanation, Generation, Message, ModelInfo, Prompt, Sampling, Worker
 from .retry import Retry, StreamProgress
 
 T = TypeVar("T")
@@ -123,6 +123,12 @@ class AsyncInferenceClient:
         request = pb.GetModelRequest(model=name)
         answer = await self._call(lambda s: self._stub.GetModel(request, timeout=s, metadata=self._metadata))
         return codec.decode_model(answer.model)
+
+    async def workers(self, model: str = "") -> list[Worker]:
+        """Those that serve the model, as the router sees them."""
+        request = pb.GetModelRequest(model=model)
+        answer = await self._call(lambda s: self._stub.GetModel(request, timeout=s, metadata=self._metadata))
+        return [codec.decode_worker(worker) for worker in answer.workers]
 
     async def cancel(self, request_id: str) -> bool:
         """Ends a request. False: the router does not know it, or no longer. Cancelling twice changes nothing."""

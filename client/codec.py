@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..core.errors import InvalidRequest
 from ..core.request import FinishReason, TokenLogprobs
 from ..v1 import inference_pb2 as pb
-from .results import ChatMessage, Explanation, Message, ModelInfo, Output, Prompt, Sampling, Usage
+from .results import ChatMessage, Explanation, Message, ModelInfo, Output, Prompt, Sampling, Usage, Worker
 
 _FINISH = {
     pb.FINISH_REASON_STOP: FinishReason.STOP,
@@ -78,6 +78,18 @@ def decode_model(model: pb.Model) -> ModelInfo:
         dtype=model.dtype,
         fingerprint=model.fingerprint,
         ready=model.ready,
+    )
+
+
+def decode_worker(worker: pb.Worker) -> Worker:
+    return Worker(
+        worker_id=worker.worker_id,
+        role=worker.role,
+        draining=worker.draining,
+        running=worker.running,
+        waiting=worker.waiting,
+        free_blocks=worker.free_blocks,
+        total_blocks=worker.total_blocks,
     )
 
 

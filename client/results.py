@@ -18,6 +18,7 @@ __all__ = [
     "Sampling",
     "TokenLogprobs",
     "Usage",
+    "Worker",
 ]
 
 
@@ -111,6 +112,19 @@ class ModelInfo:
     dtype: str
     fingerprint: str
     ready: bool  # its workers are there
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """One worker that is linked to the router, as its last frame told."""
+
+    worker_id: str
+    role: str  # "prefill" or "decode"
+    draining: bool
+    running: int  # sequences in the batch
+    waiting: int
+    free_blocks: int  # KV blocks free or evictable
+    total_blocks: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

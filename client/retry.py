@@ -15,7 +15,7 @@ from .results import Message
 class Retry:
     """Exponential backoff with full jitter (Brooker, "Exponential Backoff And Jitter", 2015)."""
 
-    tries: int = 4  # without progress in between, the first one among them
+    tries: int = 7  # without progress in between, the first one among them: about 2.5 s, a router restarts in 1 to 2
     first_s: float = 0.1
     most_s: float = 2.0
 
@@ -61,4 +61,5 @@ class StreamProgress:
             return None
         if self._answers > 1 and self._got_something:
             return None
-        return self._retry.delay_s(self._failures)
+        asked_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
+        return max(self._retry.delay_s(self._failures), asked_s)

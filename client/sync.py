@@ -14,7 +14,7 @@ from ..v1 import inference_pb2_grpc as rpc
 from . import codec
 from .channel import DEFAULT_ADDRESS, OPTIONS, credentials, metadata
 from .errors import STREAM_BROKE, from_status
-from .results import ChatMessage, Collector, Explanation, Generation, Message, ModelInfo, Prompt, Sampling
+from .results import ChatMessage, Collector, Explanation, Generation, Message, ModelInfo, Prompt, Sampling, Worker
 from .retry import Retry, StreamProgress
 
 T = TypeVar("T")
@@ -114,6 +114,12 @@ class InferenceClient:
     def model(self, name: str = "") -> ModelInfo:
         request = pb.GetModelRequest(model=name)
         return codec.decode_model(self._call(lambda s: self._stub.GetModel(request, s, self._metadata)).model)
+
+    def workers(self, model: str = "") -> list[Worker]:
+        """Those that serve the model, as the router sees them."""
+        request = pb.GetModelRequest(model=model)
+        answer = self._call(lambda s: self._stub.GetModel(request, s, self._metadata))
+        return [codec.decode_worker(worker) for worker in answer.workers]
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request. False: the router does not know it, or no longer. Cancelling twice changes nothing."""

@@ -3,9 +3,10 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-from ..client import ChatMessage, InferenceClient, Message, Sampling
+from ..client import ChatMessage, InferenceClient, Message, NoAnswer, Sampling
 from ..core.errors import BatonError, ConfigError, Unavailable
 from .cli import DEFAULT_ADDRESS
 
@@ -36,7 +37,7 @@ def chat(arguments: argparse.Namespace) -> int:
             try:
                 answer = _print_stream(client.stream(turn, model=arguments.model, sampling=_sampling(arguments)))
             except BatonError as error:
-                print(f"baton: {error}", file=sys.stderr)
+                print(f"baton: {_no_router(arguments) if isinstance(error, NoAnswer) else error}", file=sys.stderr)
                 continue
             print()
             said = [*turn, ChatMessage("assistant", answer)]
@@ -45,19 +46,17 @@ def chat(arguments: argparse.Namespace) -> int:
 def status(arguments: argparse.Namespace) -> int:
     """0: every model has its workers; 1: the router answers, but workers are missing."""
     with _client(arguments) as client:
-        try:
-            served = client.models()
-        except Unavailable:
-            raise Unavailable(
-                f"No router answers at {_address(arguments)}: start one with `baton serve`, or give --address."
-            ) from None
-    print(f"router   {_address(arguments)}  answers")
-    for model in served:
-        print(f"model    {model.name}  {'ready' if model.ready else 'waits for its workers'}")
-    ready = bool(served) and all(model.ready for model in served)
-    if not served:
-        print("model    none yet: no worker has announced itself")
-    return 0 if ready else 1
+        served = client.models()
+        print(f"router   {_address(arguments)}  answers")
+        for model in served:
+            print(f"model    {model.name}  {'ready' if model.ready else 'waits for its workers'}")
+            for worker in client.workers(model.name):
+                print(
+                    f"worker   {worker.worker_id}  {worker.role}{', draining' if worker.draining else ''}: "
+                    f"{worker.running} running, {worker.waiting} waiting, "
+                    f"{worker.free_blocks} of {worker.total_blocks} KV blocks free"
+                )
+    return 0 if all(model.ready for model in served) else 1
 
 
 def models(arguments: argparse.Namespace) -> int:
@@ -75,7 +74,21 @@ def _address(arguments: argparse.Namespace) -> str:
     return str(arguments.address or os.environ.get("BATON_ADDRESS") or DEFAULT_ADDRESS)
 
 
-def _client(arguments: argparse.Namespace) -> InferenceClient:
+@contextmanager
+def _client(arguments: argparse.Namespace) -> Iterator[InferenceClient]:
+    """A client of the router that is named. Raises Unavailable with what to do when no router is there."""
+    with _open(arguments) as client:
+        try:
+            yield client
+        except NoAnswer:
+            raise _no_router(arguments) from None
+
+
+def _no_router(arguments: argparse.Namespace) -> Unavailable:
+    return Unavailable(f"No router answers at {_address(arguments)}: start one with `baton serve`, or give --address.")
+
+
+def _open(arguments: argparse.Namespace) -> InferenceClient:
     certificate = None
     if arguments.tls_ca:
         try:

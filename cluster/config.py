@@ -5,7 +5,7 @@ One table, `SETTINGS`, names each setting once; flags, variables, keys of the fi
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +16,7 @@ BUNDLED_MODEL = "baton-docs-6m"
 DEFAULT_FILE = "baton.yaml"
 PREFIX = "BATON_"
 # Variables that other commands and processes of ours read.
-_OTHER_VARIABLES = frozenset(
-    {"BATON_ADDRESS", "BATON_API_KEY", "BATON_CONFIG", "BATON_HTTP_ADDRESS", "BATON_CUDA_ARCH"}
-)
+_OTHER_VARIABLES = frozenset({"BATON_ADDRESS", "BATON_API_KEY", "BATON_CONFIG"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +39,11 @@ class ServeConfig:
     grpc_port: int = 50051
     http_port: int = 8000
     metrics_port: int = 9400
-    redis_url: str | None = None
+    redis_url: str | None = field(default=None, repr=False)
+    cluster_name: str = "baton"
     api_keys_file: str | None = None
-    api_keys: tuple[str, ...] = ()
-    cluster_token: str | None = None
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    cluster_token: str | None = field(default=None, repr=False)
     tls_cert: str | None = None
     tls_key: str | None = None
     otlp_endpoint: str | None = None
@@ -106,6 +105,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("http_port", parse_port, "port of the OpenAI-style HTTP API (default: 8000)", "PORT"),
     Setting("metrics_port", parse_port, "port of the router's Prometheus metrics (default: 9400)", "PORT"),
     Setting("redis_url", parse_text, "a Redis to use (default: a private one is started)", "URL"),
+    Setting("cluster_name", parse_text, "keeps clusters that share a Redis apart (default: baton)", "NAME"),
     Setting("api_keys_file", parse_text, "file with one API key per line; or set BATON_API_KEYS=key1,key2", "FILE"),
     Setting("api_keys", _keys, "API keys, with commas between them", secret=True),
     Setting("cluster_token", parse_text, "token between the services (default: made at start)", secret=True),
@@ -228,4 +228,4 @@ def _check_together(config: ServeConfig) -> None:
         raise ConfigError("--grpc-port, --http-port and --metrics-port must differ.")
 
 
-assert {field.name for field in fields(ServeConfig)} == set(_BY_NAME), "a field without a setting, or the reverse"
+assert {one.name for one in fields(ServeConfig)} == set(_BY_NAME), "a field without a setting, or the reverse"

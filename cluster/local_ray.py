@@ -28,6 +28,8 @@ def start(num_gpus: int, cluster_token: str, folder: Path) -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ["RAY_DEDUP_LOGS"] = "0"
+    # Ray's only way to say "for this machine alone": else each of its processes listens on all interfaces.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["BATON_CLUSTER_TOKEN"] = cluster_token
     os.environ.pop("RAY_ADDRESS", None)
     import ray  # noqa: PLC0415  # reads the environment above when it is imported

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.errors import ConfigError
@@ -14,6 +14,7 @@ from . import models, preflight
 from .config import ServeConfig
 
 _GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
+_DEVICES = Path("/dev")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +51,8 @@ class ClusterPlan:
     max_model_len: int  # tokens of prompt and answer
     kv_bytes: int  # of each worker; 0: what its GPU has free
     num_gpus: int
-    api_keys: tuple[str, ...]
-    cluster_token: str
+    api_keys: tuple[str, ...] = field(repr=False)
+    cluster_token: str = field(repr=False)
 
     def workers(self, redis_url: str, rings: Path, logs: Path) -> list[WorkerPlan]:
         config = self.config
@@ -74,6 +75,7 @@ class ClusterPlan:
                     drain_timeout_s=float(config.drain_s),
                     start_timeout_s=float(config.start_s),
                     redis_url=redis_url,
+                    cluster_name=config.cluster_name,
                     otlp_endpoint=config.otlp_endpoint,
                     log_format=config.log_format,
                     ring_dir=rings,
@@ -94,6 +96,7 @@ class ClusterPlan:
             model_dir=self.model_dir,
             model_name=self.model_name,
             redis_url=redis_url,
+            cluster_name=config.cluster_name,
             cluster_token=self.cluster_token,
             host=config.host,
             grpc_port=config.grpc_port,
@@ -136,11 +139,20 @@ def gpu_share(num_gpus: int, num_workers: int) -> float:
     return 1.0 / math.ceil(num_workers / num_gpus) if num_gpus else 0.0
 
 
-def count_gpus(device: str, environment: Mapping[str, str] = os.environ, folder: Path = _GPU_FOLDER) -> int:
-    """GPUs that we may use, without loading torch. Raises ConfigError when they are asked for and none is there."""
+def count_gpus(
+    device: str,
+    environment: Mapping[str, str] = os.environ,
+    folder: Path = _GPU_FOLDER,
+    devices: Path = _DEVICES,
+) -> int:
+    """GPUs that we may use, without loading torch. Raises ConfigError when they are asked for and none is there.
+
+    Some containers and sandboxes show the GPUs' device nodes alone, without the driver's folder.
+    """
     if device == "cpu":
         return 0
     found = len(list(folder.iterdir())) if folder.is_dir() else 0
+    found = found or sum(node.name.removeprefix("nvidia").isdigit() for node in devices.glob("nvidia*"))
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         named = [part for part in visible.split(",") if part.strip() and part.strip() != "-1"]

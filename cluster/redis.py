@@ -62,7 +62,9 @@ def ping(url: str) -> None:
     try:
         client.ping()
     except redis.AuthenticationError:
-        raise ConfigError(f"Redis at {_hide(url)} wants a password: write redis://:PASSWORD@HOST:PORT/0.") from None
+        raise ConfigError(
+            f"Redis at {_hide(url)} wants a password: set BATON_REDIS_URL=redis://:PASSWORD@HOST:PORT/0."
+        ) from None
     except (redis.RedisError, OSError):
         raise ConfigError(
             f"No Redis answers at {_hide(url)}: start it, mend --redis-url, or leave it out to get a private one."

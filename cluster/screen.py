@@ -8,6 +8,8 @@ from .cli import DEFAULT_ADDRESS
 from .config import ServeConfig
 
 _BAR = 24
+_THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
+_OPEN_TO_ALL = ("  Whoever reaches these ports may use them: set BATON_API_KEYS, or listen on 127.0.0.1.", "")
 
 
 class Screen:
@@ -69,6 +71,7 @@ def banner(config: ServeConfig, model: str, *, keys: bool) -> str:
         f"    baton chat{flags}",
         f"    curl{header} {http}/v1/models",
         "",
+        *(_OPEN_TO_ALL if not keys and config.host not in _THIS_MACHINE else ()),
         "  Ctrl-C ends it and leaves nothing behind.",
         "",
     ]

@@ -96,12 +96,6 @@ class Supervisor:
         if gang is not None:
             gang.stop(grace_s)
 
-    def kill(self) -> None:
-        gang, self._gang = self._gang, None
-        self.state = State.GIVEN_UP
-        if gang is not None:
-            gang.kill()
-
     def _bury(self, gang: Gang, death: Death) -> None:
         gang.kill()
         self._gang = None

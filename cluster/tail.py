@@ -10,7 +10,7 @@ _MOST_BYTES = 1 << 20  # of one file at a look, so that a flood of one does not 
 
 
 class Tail:
-    """Copies whole lines of every `*.log` in a folder, in the order in which they are seen."""
+    """Copies whole lines of every `*.log` in a folder, in the order in which they are seen; an endless one in parts."""
 
     def __init__(self, folder: Path, stream: TextIO | None = None) -> None:
         self._folder = folder
@@ -34,7 +34,8 @@ class Tail:
             with path.open("rb") as file:
                 file.seek(self._read.get(path, 0))
                 data = file.read(_MOST_BYTES)
-            whole = data[: data.rfind(b"\n") + 1]
+            endless = len(data) == _MOST_BYTES and b"\n" not in data
+            whole = data if endless else data[: data.rfind(b"\n") + 1]
             if whole:
                 self._read[path] = self._read.get(path, 0) + len(whole)
                 self._stream.write(whole.decode(errors="replace"))

@@ -42,6 +42,7 @@ class Overloaded(BatonError):
     """A bound was reached. The router places elsewhere; the client waits and tries again."""
 
     retryable = True
+    retry_after_s = 0.0  # how long the server asks its client to wait
 
 
 class Unavailable(BatonError):

@@ -19,7 +19,7 @@ class Geometry:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block: all layers, K and V."""
-        width = {"bfloat16": 2, "float16": 2, "float32": 4}[self.dtype]
+        width = {"bfloat16": 2, "float32": 4}[self.dtype]
         return self.num_layers * 2 * self.num_kv_heads * self.block_tokens * self.head_size * width
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import count
 from time import perf_counter, time_ns
 
-from ..core.errors import BatonError, Cancelled, DeadlineExceeded, LeaseExpired, StaleEpoch
+from ..core.errors import BatonError, Cancelled, DeadlineExceeded, LeaseExpired, RequestConflict, StaleEpoch
 from ..core.frames import Command, HandOver, Hello, Release, TicketGranted
 from ..core.ids import SequenceId, TicketId
 from ..core.request import Ended, EndReason, Load, Request, SequenceTokens
@@ -73,7 +73,7 @@ class DecodeRole:
             case Request():
                 self._admit(link, command, now)
             case Release(sequence_id=sequence_id):
-                answer = self._roster.get(sequence_id)
+                answer = self._roster.get_of(link, sequence_id)
                 if answer is not None:
                     self._end(answer, EndReason.RELEASED)
             case LinkClosed():
@@ -140,7 +140,10 @@ class DecodeRole:
     def _admit(self, link: int, request: Request, now: float) -> None:
         known = self._roster.get(request.sequence_id)
         if known is not None:
-            if known.ticket is not None:  # asking again gives the same ticket
+            if known.link != link:
+                conflict = RequestConflict("another router's request has this id")
+                self._outbox.ended(link, failed(request.sequence_id, conflict))
+            elif known.ticket is not None:  # asking again gives the same ticket
                 self._outbox.granted(link, TicketGranted(sequence_id=request.sequence_id, ticket=known.ticket))
             return
         deadline = None if request.timeout_s is None else now + request.timeout_s

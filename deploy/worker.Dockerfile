@@ -8,5 +8,6 @@ COPY . .
 RUN pip install --no-cache-dir -e ".[worker]" && useradd --create-home baton
 USER baton
 EXPOSE 50051 8000 9400
+# It listens to all that reach the container: set BATON_API_KEYS, and TLS, wherever that is more than this machine.
 # Ray keeps KV that is on its way in shared memory: run with --shm-size=1g or more.
 ENTRYPOINT ["baton", "serve", "--host", "0.0.0.0", "--log-format", "json"]

@@ -102,7 +102,7 @@ class BatchBuilder:
 
 
 def _tables(seqs: Seq[Sequence], lens: np.ndarray, block_tokens: int) -> np.ndarray:
-    """Block tables [S, B] i32 of the blocks that `lens` tokens take; the rest repeats the first, which is finite."""
+    """Block tables [S, B] i32 of the blocks that `lens` tokens take; the rest repeats the first: no stranger's."""
     widths = -(-lens // block_tokens)
     tables = np.empty((len(seqs), int(widths.max())), dtype=np.int32)
     for row, seq, width in zip(tables, seqs, widths.tolist(), strict=True):

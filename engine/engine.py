@@ -27,6 +27,7 @@ import torch
 
 from ..core.request import TokenLogprobs
 from ..core.tickets import Geometry
+from ..kernels.build import BuildError, cuda_library
 from .batch import BatchBuilder
 from .kv_cache import KvCache, num_blocks_for
 from .ledger import Ledger, OutOfBlocks
@@ -97,10 +98,15 @@ class Engine:
 
         max_model_len: tokens of prompt and answer; None: what the model's configuration says. threads: of torch on the
         CPU, for the whole process; None: as they are. progress: called with (bytes read, bytes in all). Raises
-        ValueError where the checkpoint can't be served or kv_bytes hold no block.
+        ValueError where the checkpoint can't be served or kv_bytes hold no block, BuildError where nvcc fails.
         """
         if threads is not None:
             torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision("highest")  # float32 is float32: no TF32, whatever the environment asks for
+        try:
+            cuda_library(device)  # compiled now if it must be, not in the first request's step
+        except BuildError as error:
+            raise ValueError(str(error)) from error
         config = ModelConfig.from_dir(model_dir)
         length = max_model_len or config.max_position_embeddings
         if length > config.max_position_embeddings:
@@ -139,12 +145,6 @@ class Engine:
         seq.give(known + fresh)
         seq.computed = computed
         return computed
-
-    def grow(self, seq: Sequence, hold_tokens: int) -> None:
-        """More blocks, so that it holds those of `hold_tokens` tokens. Raises OutOfBlocks, with nothing changed."""
-        missing = self.blocks_for(hold_tokens) - len(seq.blocks)
-        if missing > 0:
-            seq.give(self.ledger.allocate(missing))
 
     def commit(self, seq: Sequence, computed: int) -> None:
         """The KV of the first `computed` tokens is in the blocks; full ones become known to the prefix cache."""

@@ -5,14 +5,13 @@ from torch import Tensor
 
 from ..core.tickets import Geometry
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class KvCache:
     """One allocation, block outermost: a block of all layers is one run of bytes, so it moves as one."""
 
     def __init__(self, num_blocks: int, geometry: Geometry, device: torch.device) -> None:
-        """Zeroed, since what a masked position holds must be finite."""
         shape = (
             num_blocks,
             geometry.num_layers,

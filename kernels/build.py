@@ -2,7 +2,8 @@
 
 The library is kept in the user's cache (`$XDG_CACHE_HOME/baton/kernels`, else `~/.cache/baton/kernels`) under a name
 that holds a hash of the sources and flags, so a changed source is compiled anew and an unchanged one never again.
-`python -m baton.kernels.build 90a 100` fills the cache ahead of time, for an image without a compiler.
+`python -m baton.kernels.build` fills the cache ahead of time for the GPUs that are here; with `90a 100` for those
+architectures, for an image without a compiler.
 """
 
 import ctypes
@@ -93,6 +94,12 @@ def architecture(capability: tuple[int, int]) -> str:
     """nvcc's name for a compute capability: "80", "90a", "100". Hopper's own instructions need the a."""
     major, minor = capability
     return f"{major}{minor}a" if capability == (9, 0) else f"{major}{minor}"
+
+
+def local_architectures() -> list[str]:
+    """Of the GPUs that are here, each once."""
+    count = torch.cuda.device_count()
+    return sorted({architecture(torch.cuda.get_device_capability(index)) for index in range(count)})
 
 
 def find_nvcc() -> str | None:
@@ -194,10 +201,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def main(architectures: Sequence[str]) -> int:
-    """Compile for the architectures named, such as 80 90a 100, and say where the libraries lie."""
+    """Compile for the architectures named, else for the GPUs that are here, and say where the libraries lie."""
     nvcc = find_nvcc()
+    architectures = architectures or local_architectures()
     if nvcc is None or not architectures:
-        print("usage: python -m baton.kernels.build ARCH...   (such as 80 90a 100; needs nvcc)", file=sys.stderr)
+        print("usage: python -m baton.kernels.build [ARCH...]   (such as 80 90a 100; needs nvcc)", file=sys.stderr)
         return 2
     for arch in architectures:
         print(compile_library(arch, nvcc))

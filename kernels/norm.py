@@ -11,12 +11,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return functional.rms_norm(x, weight.shape, weight, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """residual += x, in place; the new residual normalised.    x, residual [..., D] -> [..., D]."""
-    assert x.shape == residual.shape, (x.shape, residual.shape)
-    return rms_norm(residual.add_(x), weight, eps)
-
-
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """What `rms_norm` means, operation by operation, in the precision of x."""
     return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))

@@ -34,6 +34,7 @@ class DecodePlan:
     num_blocks: int  # B, of the longest sequence
     common_len: int | None  # the context length, where all sequences have the same
     masks: dict[int | None, Tensor]  # window -> [S, 1, B * P] f32: 0, or -inf where there is nothing to see
+    tails: Tensor  # [n] i64: of the gathered [2 * S * G * B * P, D], K and V past a context's end that a mask hides
     workspace: Workspace
 
 
@@ -52,6 +53,8 @@ def paged_decode_attention(
 
     q [S, H, D]; pool [N, L, 2, G, P, D], contiguous, H a multiple of G; block_tables [S, B] i32; context_lens [S] i32,
     the new token counted and its K and V written already; window: a query sees the last `window` keys, None: all.
+    Past a context's end its last block may hold anything that an earlier holder left there, NaN too. Unused entries of
+    a table repeat the sequence's first block.
     plan: `plan_decode(...)` of these, the same for all layers of a step; None: made here. -> [S, H, D], or `out`.
     """
     _, num_layers, _, heads, _, head_size = pool.shape
@@ -107,7 +110,19 @@ def _plan(
     for window in windows:
         if common_len is None or (window is not None and window < common_len):
             masks[window] = _mask(context_lens, num_blocks * block_tokens, window)
-    return DecodePlan(rows, num_blocks, common_len, masks, workspace or Workspace())
+    tails = _tails(context_lens.long(), heads, num_blocks, block_tokens) if masks else rows[:0]
+    return DecodePlan(rows, num_blocks, common_len, masks, tails, workspace or Workspace())
+
+
+def _tails(lens: Tensor, heads: int, num_blocks: int, block_tokens: int) -> Tensor:
+    width, device = num_blocks * block_tokens, lens.device
+    position, lens = torch.arange(width, device=device), lens[:, None]
+    # Blocks past the last repeat the first, so those of a sequence that does not fill one are no better.
+    end = torch.where(lens < block_tokens, width, -(-lens // block_tokens) * block_tokens)
+    seq, offset = ((position >= lens) & (position < end)).nonzero(as_tuple=True)
+    of_head = torch.arange(heads, device=device) * width
+    of_kv = torch.arange(2, device=device)[:, None] * (len(lens) * heads * width)
+    return ((seq * (heads * width) + offset)[:, None] + (of_kv + of_head).view(-1)).view(-1)
 
 
 def _mask(context_lens: Tensor, width: int, window: int | None) -> Tensor:
@@ -130,6 +145,8 @@ def _attend(q: Tensor, pool: Tensor, layer: int, scale: float, window: int | Non
     mask = plan.masks.get(window)
     if mask is None:
         keys, values = keys[:, : plan.common_len], values[:, : plan.common_len]
+    else:
+        gathered.view(-1, head_size).index_fill_(0, plan.tails, 0)  # a mask is not enough: 0 * NaN is NaN
     # The query heads that share a KV head become rows of one matrix: K and V are read once for all of them.
     queries = q.reshape(num_seqs * heads, num_heads // heads, head_size)
     if num_seqs == 1 and mask is None:

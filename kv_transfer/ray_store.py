@@ -18,7 +18,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
-from ..core.errors import BatonError, CorruptPiece, TransferFailed
+from ..core.errors import CorruptPiece, TransferFailed
 from ..core.ids import BlockId, TicketId
 from ..core.tickets import Piece
 from .integrity import Bytes
@@ -109,24 +109,28 @@ class RayStoreTransport:
 
     def _tell(self, inbox: str, message: Returned) -> None:
         try:
-            self._send(inbox, message, [])
-        except (RayError, ValueError, BatonError) as error:
+            # Not waited for: a peer that hangs would delay what others are told.
+            self._actor(inbox).deliver.remote(message, [])
+        except (RayError, ValueError) as error:
             _log.info("rank %s was not told of ticket %s: %s", inbox, message.ticket_id, _short(error))
 
     def _send(self, inbox: str, message: Message, refs: list[Any]) -> None:
         """Raises RayError (the actor is gone, late, or its inbox full) or ValueError (no actor of that name)."""
+        try:
+            ray.get(self._actor(inbox).deliver.remote(message, refs), timeout=_ANNOUNCE_S)
+        except RayError:
+            with self._lock:
+                self._actors.pop(inbox, None)  # gone, so its handle is of no more use: an inbox is one life's
+            raise
+
+    def _actor(self, inbox: str) -> Any:
         with self._lock:
             actor = self._actors.get(inbox)
         if actor is None:
             actor = ray.get_actor(inbox, namespace=NAMESPACE)
             with self._lock:
                 self._actors[inbox] = actor
-        try:
-            ray.get(actor.deliver.remote(message, refs), timeout=_ANNOUNCE_S)
-        except RayError:
-            with self._lock:
-                self._actors.pop(inbox, None)  # a rank of that name may live again
-            raise
+        return actor
 
 
 def _short(error: Exception) -> str:

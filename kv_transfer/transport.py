@@ -29,10 +29,6 @@ class Moved:
     start_ns: int
     end_ns: int
 
-    @property
-    def gb_per_s(self) -> float:
-        return self.num_bytes / max(self.end_ns - self.start_ns, 1)
-
 
 class Transport(Protocol):
     """Lets a rank read blocks of a peer's pool into its own. Knows bytes and blocks, no more.

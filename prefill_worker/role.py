@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter, time_ns
 
-from ..core.errors import BatonError, DeadlineExceeded, LeaseExpired, StaleEpoch, from_code
+from ..core.errors import BatonError, DeadlineExceeded, LeaseExpired, RequestConflict, StaleEpoch, from_code
 from ..core.frames import Command, HandOver, Hello, Release
 from ..core.ids import SequenceId
 from ..core.request import Ended, EndReason, Load, Request, SequenceTokens
@@ -29,6 +29,7 @@ from .scheduler import Running, Waiting, plan_starts, plan_step
 class Prompt(Member):
     """One sequence on a prefill worker. Has a `sequence` from its start on."""
 
+    expected: bool = False  # it has a ticket, or needs none
     sequence: Sequence | None = None
     cached_tokens: int = 0
     started_ns: int = 0
@@ -55,6 +56,7 @@ class PrefillRole:
         now_ns: Callable[[], int] = time_ns,
     ) -> None:
         self._engine = engine
+        self._largest = engine.blocks_for(limits.max_model_len)
         self._lending = lending
         self._outbox = outbox
         self._reporter = reporter
@@ -72,9 +74,9 @@ class PrefillRole:
             case Request():
                 self._admit(link, command, now)
             case HandOver(sequence_id=sequence_id, ticket=ticket):
-                self._hand_over(sequence_id, ticket, now)
+                self._hand_over(link, sequence_id, ticket, now)
             case Release(sequence_id=sequence_id):
-                prompt = self._roster.get(sequence_id)
+                prompt = self._roster.get_of(link, sequence_id)
                 if prompt is not None:
                     self._end(prompt, EndReason.RELEASED)
             case LinkClosed():
@@ -147,16 +149,20 @@ class PrefillRole:
         return Survey((*held, *self._lending.holders()), min((at for at in deadlines if at is not None), default=None))
 
     def _admit(self, link: int, request: Request, now: float) -> None:
-        if self._roster.get(request.sequence_id) is not None:
-            return  # twice is as good as once
+        known = self._roster.get(request.sequence_id)
+        if known is not None:  # twice is as good as once, from the same router
+            if known.link != link:
+                conflict = RequestConflict("another router's request has this id")
+                self._outbox.ended(link, failed(request.sequence_id, conflict))
+            return
         deadline = None if request.timeout_s is None else now + request.timeout_s
-        prompt = Prompt(link, request, self._now_ns(), deadline)
+        prompt = Prompt(link, request, self._now_ns(), deadline, expected=request.sampling.max_tokens == 1)
         error = self._roster.admit(prompt, self._engine.blocks_for(len(request.prompt)))
         if error is not None:
             self._outbox.ended(link, failed(request.sequence_id, error))
 
-    def _hand_over(self, sequence_id: SequenceId, ticket: Ticket, now: float) -> None:
-        prompt = self._roster.get(sequence_id)
+    def _hand_over(self, link: int, sequence_id: SequenceId, ticket: Ticket, now: float) -> None:
+        prompt = self._roster.get_of(link, sequence_id)
         if prompt is None:
             return  # ended meanwhile; the router releases the ticket
         try:
@@ -164,7 +170,7 @@ class PrefillRole:
         except BatonError as error:
             self._fail(prompt, error)
             return
-        prompt.ticket_by = None
+        prompt.expected, prompt.ticket_by = True, None
         self._announce(prompt, now)
 
     def _expire(self, now: float) -> None:
@@ -181,11 +187,13 @@ class PrefillRole:
         if not self._roster.waiting:
             return
         waiting = (
-            Waiting(key, self._engine.blocks_for(len(prompt.request.prompt)))
+            Waiting(key, self._engine.blocks_for(len(prompt.request.prompt)), prompt.expected)
+            for expected in (True, False)  # lazily: many may wait, few begin
             for key, prompt in self._roster.waiting.items()
+            if prompt.expected is expected
         )
-        max_batch = self._engine.max_batch
-        for key in plan_starts(waiting, len(self._running), self._engine.ledger.available, max_batch):
+        available, max_batch = self._engine.ledger.available, self._engine.max_batch
+        for key in plan_starts(waiting, len(self._running), available, max_batch, self._largest):
             prompt = self._roster.waiting[key]
             prompt.sequence = Sequence.of(prompt.request)
             prompt.cached_tokens = self._engine.start(prompt.sequence, len(prompt.request.prompt))

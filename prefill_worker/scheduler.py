@@ -10,6 +10,7 @@ from ..core.ids import SequenceId
 class Waiting:
     sequence_id: SequenceId
     blocks_needed: int  # for the whole prompt; cached ones count, since they are among the available
+    expected: bool  # a decode worker waits for its KV, or nobody has to: once computed it is soon gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +24,19 @@ class StepPlan:
     chunks: tuple[tuple[SequenceId, int], ...]  # how many tokens of whose prompt
 
 
-def plan_starts(waiting: Iterable[Waiting], running: int, available: int, max_batch: int) -> tuple[SequenceId, ...]:
-    """Who begins now: first come first, while blocks and places last. One that does not fit holds back all behind it,
-    so that a long prompt is never starved by short ones."""
+def plan_starts(
+    waiting: Iterable[Waiting], running: int, available: int, max_batch: int, spare: int
+) -> tuple[SequenceId, ...]:
+    """Who begins now, in the order given (those expected, then the others), while blocks and places last. One that does
+    not fit holds back all behind it, so that a long prompt is never starved by short ones.
+
+    The others leave `spare` blocks, enough for any prompt, to those expected. Else a circle could close: our blocks
+    held by prompts that wait for decode workers' blocks, and those reserved for prompts that wait here.
+    """
     started: list[SequenceId] = []
     for prompt in waiting:
-        if running + len(started) >= max_batch or prompt.blocks_needed > available:
+        kept = 0 if prompt.expected else spare
+        if running + len(started) >= max_batch or prompt.blocks_needed + kept > available:
             break
         available -= prompt.blocks_needed
         started.append(prompt.sequence_id)

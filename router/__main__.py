@@ -107,7 +107,8 @@ def build_fleet(config: RouterConfig, metrics: RouterMetrics, changed: asyncio.E
     def open_line(
         record: WorkerRecord, on_frame: Callable[[WorkerFrame], None], on_state: Callable[[bool], None]
     ) -> Link:
-        return Link(record.address, router_id, config.cluster_token, on_frame, on_state, tls=tls)
+        worker = (record.worker_id, record.epoch)
+        return Link(record.address, worker, router_id, config.cluster_token, on_frame, on_state, tls=tls)
 
     return Fleet(
         model=config.model_name,
@@ -149,6 +150,7 @@ def build_inference(
         metrics=telemetry.metrics,
         served=lambda: fleet.served,
         ready=lambda: fleet.ready and not relay.draining,
+        workers=fleet.views,
     )
     return relay, inference
 

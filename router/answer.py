@@ -12,18 +12,22 @@ from collections.abc import Callable, Iterable
 from ..core.errors import WorkerLost
 from ..core.request import FinishReason, Sampling, SequenceTokens, TokenLogprobs
 from ..text.streaming import AnswerText
-from .records import Delta
+from .records import Delta, merge
 
 
 class Answer:
     """The state of one answer. Holds back at most `max_tokens` tokens."""
 
-    def __init__(self, sampling: Sampling, text: AnswerText, emit: Callable[[Delta], None]) -> None:
+    def __init__(
+        self, sampling: Sampling, text: AnswerText, emit: Callable[[Delta], None], *, each_token: bool = False
+    ) -> None:
+        """`each_token`: a delta for each, so that a reader may begin after any of them."""
         self.finished: FinishReason | None = None
         self.cached_tokens = 0  # prompt tokens that prefill did not compute
         self._sampling = sampling
         self._text = text
         self._emit = emit
+        self._each_token = each_token
         self._given: list[int] = []
         self._held: dict[int, tuple[int, TokenLogprobs | None]] = {}
         self._end: tuple[int, FinishReason] | None = None  # (number of tokens, why), once a worker has told
@@ -75,17 +79,14 @@ class Answer:
             position += 1
 
     def _give(self) -> None:
-        text: list[str] = []
-        ids: list[int] = []
-        logprobs: list[TokenLogprobs] = []
+        parts: list[Delta] = []
+        index = self._sampling.branch
         while self.finished is None and (held := self._held.pop(len(self._given), None)) is not None:
             token, entry = held
             self._given.append(token)
-            ids.append(token)
-            if self._sampling.logprobs is not None and entry is not None:
-                logprobs.append(entry)
+            logprobs = () if self._sampling.logprobs is None or entry is None else (entry,)
             part = self._text.push((token,))
-            text.append(part.text)
+            parts.append(Delta(index=index, text=part.text, token_ids=(token,), logprobs=logprobs))
             if part.stopped:
                 self.finished = FinishReason.STOP
             elif len(self._given) == self._sampling.max_tokens:
@@ -94,15 +95,7 @@ class Answer:
             self.finished = self._end[1]
         if self.finished:
             rest = self._text.flush()
-            text.append(rest.text)
             self.finished = FinishReason.STOP if rest.stopped else self.finished
-        if ids or self.finished:
-            self._emit(
-                Delta(
-                    index=self._sampling.branch,
-                    text="".join(text),
-                    token_ids=tuple(ids),
-                    logprobs=tuple(logprobs),
-                    finish=self.finished,
-                )
-            )
+            parts.append(Delta(index=index, text=rest.text, finish=self.finished))
+        for delta in parts if self._each_token else merge(parts):
+            self._emit(delta)

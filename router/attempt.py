@@ -23,6 +23,7 @@ class Attempt:
         self._answer = answer
         self._seats = seats
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._handed_over = False  # decode has all of the KV: what becomes of prefill matters no more
 
     async def run(self, request: Request) -> None:
         """Until the answer has finished. Raises what ended it before; the caller's deadline bounds the wait. Every
@@ -39,9 +40,12 @@ class Attempt:
                 self._done.exception()  # looked at: a cancelled run leaves no warning about it
 
     def _on_prefill(self, news: News) -> None:
-        if news.lost and self._answer.tokens and self._seats.decode is not None:
-            return  # decode may have all it needs; if it lacks a piece, it says so
-        self._take(news)
+        reason = None if news.ended is None else news.ended.reason
+        if reason is EndReason.HANDED_OVER:
+            self._handed_over = True
+        gone = news.lost or reason is EndReason.FAILED
+        if not (gone and self._handed_over and self._answer.tokens):  # without token 0, decode's tokens can't be given
+            self._take(news)
 
     def _on_decode(self, news: News) -> None:
         if news.ticket is not None and not self._done.done():
@@ -49,6 +53,8 @@ class Attempt:
                 self._seats.prefill.hand_over(news.ticket)
             except BatonError as error:
                 self._fail(error)
+        if news.tokens:
+            self._handed_over = True
         self._take(news)
 
     def _take(self, news: News) -> None:

@@ -20,7 +20,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 from ..core.errors import ConfigError
@@ -32,14 +32,14 @@ VARIABLE = "BATON_ROUTER_CONFIG"
 class RouterConfig:
     model_dir: Path  # tokenizer, chat template and generation_config.json; no weights are read
     model_name: str  # as clients name it, and as workers register it
-    redis_url: str  # redis://host:port/0
+    redis_url: str = field(repr=False)  # redis://host:port/0; may hold a password
     cluster_name: str = "baton"
-    cluster_token: str = ""  # brought to workers; empty: none
+    cluster_token: str = field(default="", repr=False)  # brought to workers; empty: none
     host: str = "127.0.0.1"  # of all three ports
     grpc_port: int = 50051  # 0: any free one
     http_port: int = 8000
     metrics_port: int = 9400
-    api_keys: tuple[str, ...] = ()  # any of them lets a client in; none: everybody
+    api_keys: tuple[str, ...] = field(default=(), repr=False)  # any of them lets a client in; none: everybody
     tls_certificate: Path | None = None  # PEM, for both doors; with it a key
     tls_key: Path | None = None
     worker_tls_ca: Path | None = None  # PEM: links to workers use TLS, trusted by this authority
@@ -53,7 +53,7 @@ class RouterConfig:
     max_timeout_s: float = 600.0  # the longest that a request runs, whatever its client allows
     keep_ended_s: float = 60.0  # how long an ended request can be asked for
     max_ended: int = 4096  # requests
-    max_ended_tokens: int = 1 << 20  # of their answers together
+    max_ended_tokens: int = 1 << 18  # and log probabilities, of their answers together; about 300 bytes each
     drain_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class RouterConfig:
 
     def to_json(self) -> str:
         """What `from_json` reads."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
         return json.dumps(values, default=str)
 
     @classmethod
@@ -90,7 +90,7 @@ class RouterConfig:
         unknown = values.keys() - kinds.keys()
         if unknown:
             raise ConfigError(f"the router's configuration has no field {', '.join(sorted(map(repr, unknown)))}")
-        missing = {field.name for field in fields(cls) if field.default is MISSING} - values.keys()
+        missing = {one.name for one in fields(cls) if one.default is MISSING} - values.keys()
         if missing:
             raise ConfigError(f"the router's configuration lacks {', '.join(sorted(missing))}")
         checked: dict[str, typing.Any] = {name: _value(name, kinds[name], value) for name, value in values.items()}

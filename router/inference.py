@@ -1,6 +1,6 @@
 """What both doors, gRPC and HTTP, have behind them: the served model and the requests to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..core.errors import BatonError
@@ -8,6 +8,7 @@ from ..core.ids import RequestId
 from ..observe.metrics import RouterMetrics
 from ..v1 import inference_pb2 as pb
 from .fleet import ServedModel
+from .placement import WorkerView
 from .records import Record, Records
 from .relay import Relay
 from .validation import Draft, Prompt, check_model, check_request_id, draft
@@ -22,7 +23,8 @@ class Submitted:
 
 
 class Inference:
-    """`served`: the model as the workers describe it, None before one came. `ready`: requests can run now."""
+    """`served`: the model as the workers describe it, None before one came. `ready`: requests can run now. `workers`:
+    those that are linked."""
 
     def __init__(
         self,
@@ -33,7 +35,9 @@ class Inference:
         metrics: RouterMetrics,
         served: Callable[[], ServedModel | None],
         ready: Callable[[], bool],
+        workers: Callable[[], Sequence[WorkerView]],
     ) -> None:
+        self.workers = workers
         self.model_name = model_name
         self.tokenizer = relay.tokenizer
         self._relay = relay

@@ -46,6 +46,12 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "documents": ([],),
+    "add_generation_prompt": (True,),
+    "skip_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "truncate_prompt_tokens": (),
+    "allowed_token_ids": ([],),
+    "prompt_embeds": (),
 }
 """Fields that are refused, and the values of them that ask for nothing. null always asks for nothing."""
 

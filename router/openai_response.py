@@ -129,7 +129,7 @@ class Shaper:
 
     def _token(self, token: int, logprob: float) -> Json:
         text = self._text(token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(self.tokenizer.bytes_of(token))}
 
     def _text(self, token: int) -> str:
         return self.tokenizer.decode((token,), skip_special=False)

@@ -29,6 +29,8 @@ class WorkerView:
     free_blocks: int  # free or evictable, less what is claimed
     waiting_tokens: int = 0  # prompt tokens ahead
     sequences: int = 0  # running, waiting or claimed
+    running: int = 0  # as the worker told, like the next
+    waiting: int = 0
     draining: bool = False
 
 

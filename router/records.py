@@ -75,6 +75,9 @@ class Record:
     on_abandoned: Callable[[], None] = lambda: None  # the last reader left a running request
     course: Course = field(default_factory=Course)
     seq: int = 0
+    weight: int = 0  # of its log: tokens, and log probabilities
+    run: int = 0  # which try at it: a void one before it counts
+    abandoned: bool = False  # cancelled because its last reader left
     _log: list[tuple[int, Delta]] = field(default_factory=list)  # (seq with this delta, delta)
     _usage: Usage | None = None
     _error: BaseException | None = None
@@ -87,12 +90,18 @@ class Record:
     def ended(self) -> bool:
         return self.course.ended is not None
 
+    @property
+    def void(self) -> bool:
+        """It ended without an answer that its client had asked to end: who asks again asks for a new try."""
+        return self.course.state == "failed" or (self.course.state == "cancelled" and self.abandoned)
+
     def append(self, delta: Delta) -> None:
         """Adds to the log. Not after the end."""
         assert not self.ended, self.request_id
         if delta.token_ids and self.course.first_token is None:
             self.course.first_token = self.clock()
         self.seq += len(delta.token_ids)
+        self.weight += len(delta.token_ids) + sum(1 + len(entry.top) for entry in delta.logprobs)
         self._log.append((self.seq, delta))
         self._wake()
 
@@ -138,7 +147,7 @@ class Record:
         An entry without tokens at `seq` itself is given again, as the client may lack it: it can repeat an end.
         """
         if seq > self.seq:
-            raise InvalidRequest(f"resume_after_seq is {seq}, but only {self.seq} tokens were sent so far")
+            raise InvalidRequest(f"resume_after_seq is {seq}, but the answer has only {self.seq} tokens")
         if not seq:
             return 0
         return next(
@@ -168,6 +177,11 @@ class Reader:
         """All that came after `after_seq`, merged as far as it has piled up. Ends after the message with the usage, or
         raises the request's error. A record ends by its deadline, so this does too."""
         record = self._record
+        while after_seq > record.seq and not record.ended:  # a new try at it, which is not yet where the client is
+            self.news.clear()
+            await self.news.wait()
+        if after_seq > record.seq:
+            record.outcome()  # its error, if it failed
         at = record.start_after(after_seq)
         seq = after_seq
         while True:
@@ -217,7 +231,7 @@ def merge(deltas: list[Delta]) -> tuple[Delta, ...]:
 
 class Records:
     """All requests that run, and the lately ended: for `keep_s` seconds, at most `max_ended` of them and at most
-    `max_ended_tokens` tokens in their logs, the oldest forgotten first."""
+    `max_ended_tokens` tokens and log probabilities in their logs, the oldest forgotten first."""
 
     def __init__(
         self,
@@ -249,10 +263,14 @@ class Records:
         return record
 
     def open(self, request_id: RequestId, digest: bytes) -> Record:
-        """A record for a request that is not known. Raises Overloaded."""
+        """A record for a request that is not known, or whose record is void. Raises Overloaded."""
         if len(self._running) >= self._max_running:
             raise Overloaded(f"{self._max_running} requests are running here, which is the most; try again soon")
         record = Record(request_id, digest, self._clock)
+        void = self._ended.get(request_id)
+        if void is not None:
+            record.run = void.run + 1
+            self._drop(void)
         self._running[request_id] = record
         return record
 
@@ -261,7 +279,7 @@ class Records:
         assert record.ended
         del self._running[record.request_id]
         self._ended[record.request_id] = record
-        self._ended_tokens += record.seq
+        self._ended_tokens += record.weight
         self._forget()
 
     def find(self, request_id: RequestId) -> Record | None:
@@ -287,5 +305,8 @@ class Records:
                 and self._ended_tokens <= self._max_ended_tokens
             ):
                 return
-            del self._ended[record.request_id]
-            self._ended_tokens -= record.seq
+            self._drop(record)
+
+    def _drop(self, record: Record) -> None:
+        del self._ended[record.request_id]
+        self._ended_tokens -= record.weight

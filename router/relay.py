@@ -13,7 +13,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 
 from ..core.errors import BatonError, DeadlineExceeded, Unavailable, UnknownRequest
-from ..core.ids import RequestId, WorkerId, sequence_id
+from ..core.ids import RequestId, SequenceId, WorkerId, sequence_id
 from ..core.request import FinishReason, Request, Sampling
 from ..observe import names
 from ..text.generation_config import GenerationDefaults
@@ -73,17 +73,22 @@ class Relay:
 
     def open(self, drafted: Draft, timeout_s: float | None, traceparent: str = "") -> Record:
         """Starts the request, or finds it when it was asked for before. Attach a reader before the next await: a
-        request whose last reader left is cancelled.
+        request whose last reader left is cancelled. One that failed, or that was cancelled so, is tried anew.
 
         `timeout_s`: what the client gives it; never more than the router's own limit.
         Raises RequestConflict, UnknownRequest (nothing to resume), Overloaded, Unavailable (draining).
         """
         if drafted.request_id:
             known = self._records.known(drafted.request_id, drafted.digest)
-            if known is not None:
+            if known is not None and not known.void:
                 return known
-            if drafted.resume_after_seq:
-                raise UnknownRequest("nothing to resume: no request of that id is known, or it ended too long ago")
+            if known is not None and known.seq and drafted.seed is None:
+                drafted = replace(drafted, seed=known.course.seed)
+            if drafted.resume_after_seq and not drafted.repeatable:
+                raise UnknownRequest(
+                    "nothing to resume: no request of that id is known, or it ended too long ago, and without a seed, "
+                    "or with several answers, it can't be repeated"
+                )
         if self.draining:
             raise Unavailable("this router is stopping; ask another one, or try again")
         request_id = drafted.request_id or RequestId(f"req-{secrets.token_hex(12)}")
@@ -92,7 +97,7 @@ class Relay:
         deadline = asyncio.get_running_loop().time() + allowed
         trace = self._telemetry.begin(record, drafted, traceparent)
         job = _Job(record=record, drafted=drafted, deadline=deadline, trace=trace)
-        record.on_abandoned = lambda: self._cancel(job)
+        record.on_abandoned = lambda: self._abandon(job)
         self._jobs[request_id] = job
         with trace.current():  # the task's log lines carry the request's and the trace's ids
             job.task = asyncio.create_task(self._run(job), name=request_id)
@@ -135,6 +140,10 @@ class Relay:
         """Their text, special tokens left out; off the event loop."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, self.tokenizer.decode, token_ids)
+
+    def _abandon(self, job: _Job) -> None:
+        job.record.abandoned = not job.cancelled  # by name it is cancelled for good
+        self._cancel(job)
 
     def _cancel(self, job: _Job) -> None:
         job.cancelled = True
@@ -193,11 +202,14 @@ class Relay:
                 job.record.course.state = "decoding"
             job.record.append(delta)
 
-        return Answer(sampling, text, emit)
+        return Answer(sampling, text, emit, each_token=job.drafted.resume_after_seq > 0)
 
     def _request(self, job: _Job, prompt: tuple[int, ...], sampling: Sampling) -> Request:
+        name = sequence_id(job.record.request_id, sampling.branch)
+        if job.record.run:
+            name = SequenceId(f"{name}+{job.record.run}")  # what the run before it has under way is not this one's
         return Request(
-            sequence_id=sequence_id(job.record.request_id, sampling.branch),
+            sequence_id=name,
             prompt=prompt,
             sampling=sampling,
             traceparent=job.trace.traceparent,

@@ -60,6 +60,8 @@ class Member:
             free_blocks=load.free_blocks - sum(seat.blocks for seat in uncounted),
             waiting_tokens=max(load.waiting_tokens, sum(seat.prompt_tokens for seat in uncounted)),
             sequences=max(load.running + load.waiting, len(self.seats)),
+            running=load.running,
+            waiting=load.waiting,
             draining=load.draining,
         )
 

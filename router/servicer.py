@@ -13,6 +13,7 @@ from ..wire.codec import encode_logprobs
 from ..wire.interceptors import timeout_of, traceparent_of
 from .fleet import ServedModel
 from .inference import Inference
+from .placement import Role, WorkerView
 from .records import Message, Record, Usage
 from .validation import Prompt, check_chat, check_token_ids
 
@@ -58,7 +59,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
         model = self._inference.model(request.model)
-        return pb.GetModelResponse(model=encode_model(model, self._inference.ready))
+        views = sorted(self._inference.workers(), key=lambda view: (view.role is not Role.PREFILL, view.worker_id))
+        workers = [encode_worker(view) for view in views]
+        return pb.GetModelResponse(model=encode_model(model, self._inference.ready), workers=workers)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:  # noqa: N802
         return pb.CancelResponse(found=self._inference.cancel(request.request_id))
@@ -101,6 +104,18 @@ def encode_model(model: ServedModel, ready: bool) -> pb.Model:
         dtype=model.dtype,
         fingerprint=model.fingerprint,
         ready=ready,
+    )
+
+
+def encode_worker(view: WorkerView) -> pb.Worker:
+    return pb.Worker(
+        worker_id=view.worker_id,
+        role=view.role,
+        draining=view.draining,
+        running=view.running,
+        waiting=view.waiting,
+        free_blocks=max(0, view.free_blocks),
+        total_blocks=view.total_blocks,
     )
 
 

@@ -70,6 +70,11 @@ class Draft:
     def is_chat(self) -> bool:
         return self.prompt.messages is not None
 
+    @property
+    def repeatable(self) -> bool:
+        """Another run gives the same tokens in the same order."""
+        return self.answers == 1 and (self.seed is not None or self.sampling.temperature == 0)
+
 
 def draft(request: pb.GenerateRequest, model: ModelLimits, defaults: GenerationDefaults) -> Draft:
     """Checks all that can be checked before the prompt is tokenised.

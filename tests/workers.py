@@ -170,18 +170,28 @@ class Pair:
         stops: frozenset[int] = frozenset(),
         timeout_s: float | None = None,
     ) -> SequenceId:
-        key = SequenceId(f"{name}/0")
-        request = Request(
-            sequence_id=key,
+        request = self.request(name, prompt, max_tokens, stops=stops, timeout_s=timeout_s)
+        self.p.send(request, link=link)
+        if max_tokens > 1:
+            self.d.send(request, link=link)
+        return request.sequence_id
+
+    @staticmethod
+    def request(
+        name: str,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        stops: frozenset[int] = frozenset(),
+        timeout_s: float | None = None,
+    ) -> Request:
+        return Request(
+            sequence_id=SequenceId(f"{name}/0"),
             prompt=tuple(prompt),
             sampling=Sampling(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stops),
             timeout_s=timeout_s,
             traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
         )
-        self.p.send(request, link=link)
-        if max_tokens > 1:
-            self.d.send(request, link=link)
-        return key
 
     def release(self, key: SequenceId, link: int = 1) -> None:
         self.p.send(Release(sequence_id=key), link=link)
@@ -197,34 +207,35 @@ class Pair:
         return moved
 
     def hear(self, worker: Worker) -> bool:
-        heard = False
+        return sum(self.take(worker, record) for record in worker.heard()) > 0
+
+    def take(self, worker: Worker, record: Record) -> bool:
+        """What a router does with one record; False: it says nothing of a sequence."""
         name = "P" if worker is self.p else "D"
-        for record in worker.heard():
-            if record.kind is Kind.REPORT:
-                self.parts += [part.name for part in report_from_bytes(record.body).parts]
-            if record.kind is not Kind.FRAME:
-                continue
-            frame = frame_from_bytes(record.body)
-            self.frames += 1
-            heard |= bool(frame.tickets or frame.tokens or frame.ended)
-            for granted in frame.tickets:
-                self.seen[granted.sequence_id].ticket = granted.ticket
-                self.p.send(HandOver(sequence_id=granted.sequence_id, ticket=granted.ticket), link=record.number)
-            for tokens in frame.tokens:
-                seen = self.seen[tokens.sequence_id]
-                seen.cached += tokens.cached_tokens
-                for i, token in enumerate(tokens.token_ids):
-                    assert tokens.first_position + i not in seen.tokens, "a token came twice"
-                    seen.tokens[tokens.first_position + i] = token
-            for ended in frame.ended:
-                seen = self.seen[ended.sequence_id]
-                assert name not in seen.ended, f"{name} ended {ended.sequence_id} twice"
-                seen.ended[name] = ended
-                if name == "P" and ended.reason in (EndReason.STOP, EndReason.LENGTH, EndReason.FAILED):
-                    self.d.send(Release(sequence_id=ended.sequence_id), link=record.number)
-                if name == "D" and ended.reason is EndReason.FAILED:
-                    self.p.send(Release(sequence_id=ended.sequence_id), link=record.number)
-        return heard
+        if record.kind is Kind.REPORT:
+            self.parts += [part.name for part in report_from_bytes(record.body).parts]
+        if record.kind is not Kind.FRAME:
+            return False
+        frame = frame_from_bytes(record.body)
+        self.frames += 1
+        for granted in frame.tickets:
+            self.seen[granted.sequence_id].ticket = granted.ticket
+            self.p.send(HandOver(sequence_id=granted.sequence_id, ticket=granted.ticket), link=record.number)
+        for tokens in frame.tokens:
+            seen = self.seen[tokens.sequence_id]
+            seen.cached += tokens.cached_tokens
+            for i, token in enumerate(tokens.token_ids):
+                assert tokens.first_position + i not in seen.tokens, "a token came twice"
+                seen.tokens[tokens.first_position + i] = token
+        for ended in frame.ended:
+            seen = self.seen[ended.sequence_id]
+            assert name not in seen.ended, f"{name} ended {ended.sequence_id} twice"
+            seen.ended[name] = ended
+            if name == "P" and ended.reason in (EndReason.STOP, EndReason.LENGTH, EndReason.FAILED):
+                self.d.send(Release(sequence_id=ended.sequence_id), link=record.number)
+            if name == "D" and ended.reason is EndReason.FAILED:
+                self.p.send(Release(sequence_id=ended.sequence_id), link=record.number)
+        return bool(frame.tickets or frame.tokens or frame.ended)
 
     def settle(self, rounds: int = 600) -> None:
         """Until three rounds in a row move nothing."""

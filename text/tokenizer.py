@@ -38,11 +38,12 @@ class Tokenizer:
             + [vocabulary[token] for token in self.named_tokens.values()]
         )
         decoders = _kinds_of(json.loads(backend.to_str()).get("decoder"))
+        self._byte_level = "ByteLevel" in decoders
         self.byte_tokens = _byte_tokens(vocabulary) if "ByteFallback" in decoders else {}
         """What each token of byte fallback stands for; empty for tokenizers of another kind."""
         self.longest_token_bytes = max(
             # The alphabet of byte-level tokens has one character per byte.
-            (len(token) if "ByteLevel" in decoders else len(token.encode()) for token in vocabulary),
+            (len(token) if self._byte_level else len(token.encode()) for token in vocabulary),
             default=1,
         )
 
@@ -62,10 +63,6 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         return cls(backend, named, ChatTemplate.from_dir(path, named))
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._chat_template is not None
 
     def close(self) -> None:
         """End the chat template's process."""
@@ -104,7 +101,9 @@ class Tokenizer:
         """Tokens of a conversation, up to where the assistant's answer begins.
 
         The template alone says which special tokens there are, as with transformers' apply_chat_template: none are
-        added to its text. Raises as `encode` and `ChatTemplate.render` do; InvalidRequest where there is no template.
+        added to its text. And as there (and in vLLM), a special token that a message writes out becomes that token, so
+        whoever builds a conversation from others' texts takes such names out of them.
+        Raises as `encode` and `ChatTemplate.render` do; InvalidRequest where there is no template.
         """
         if self._chat_template is None:
             raise InvalidRequest("the model has no chat template: send the prompt as text")
@@ -116,6 +115,15 @@ class Tokenizer:
         """Text of the tokens. Ids outside the vocabulary have none."""
         kept = [token for token in token_ids if token not in self.special_token_ids] if skip_special else token_ids
         return self._backend.decode(list(kept), skip_special_tokens=skip_special)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """UTF-8 of one token, special ones too: also of a part of a character, for which no text stands."""
+        if token_id in self.byte_tokens:
+            return bytes([self.byte_tokens[token_id]])
+        token = self._backend.id_to_token(token_id) or ""
+        if self._byte_level and token_id not in self.special_token_ids and all(c in _BYTE_OF for c in token):
+            return bytes(_BYTE_OF[c] for c in token)
+        return self.decode((token_id,), skip_special=False).encode()
 
     def is_known(self, token_id: int) -> bool:
         return self._backend.id_to_token(token_id) is not None
@@ -130,6 +138,17 @@ def named_tokens(config: dict[str, object]) -> dict[str, str]:
         if isinstance(content, str):
             found[name] = content
     return found
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in byte-level tokens (GPT-2, encoder.py): printable Latin-1 for itself,
+    the other bytes, in order, from U+0100 on."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(0x100 + at): byte for at, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
 
 
 def _kinds_of(decoder: object) -> set[str]:

@@ -58,6 +58,11 @@ def decode_epoch(value: int) -> Epoch:
     return Epoch(bounds.at_most(value, bounds.MAX_EPOCH, "epoch"))
 
 
+def _milliseconds(seconds: float) -> int:
+    """Rounded up, but for what the multiplication itself adds: 524.287 s are 524287 ms."""
+    return math.ceil(round(seconds * 1000, 3))
+
+
 # Requests
 
 
@@ -96,7 +101,7 @@ def decode_sampling(message: link_pb2.Sampling) -> Sampling:
 def encode_request(request: Request) -> link_pb2.Admit:
     timeout_ms = 0  # none; a deadline is rounded up, so that it never becomes none
     if request.timeout_s is not None:
-        timeout_ms = min(max(1, math.ceil(request.timeout_s * 1000)), bounds.MAX_TIMEOUT_MS)
+        timeout_ms = min(max(1, _milliseconds(request.timeout_s)), bounds.MAX_TIMEOUT_MS)
     return link_pb2.Admit(
         sequence_id=request.sequence_id,
         prompt=request.prompt,
@@ -155,7 +160,7 @@ def encode_ticket(ticket: Ticket) -> kv_pb2.Ticket:
         epoch=ticket.epoch,
         wanted=ticket.wanted,
         geometry=encode_geometry(ticket.geometry),
-        lease_ms=min(math.ceil(ticket.lease_s * 1000), _MAX_LEASE_MS),
+        lease_ms=min(_milliseconds(ticket.lease_s), _MAX_LEASE_MS),
         inbox=ticket.inbox,
     )
 
@@ -246,12 +251,12 @@ def decode_logprobs(messages: Sequence[inference_pb2.TokenLogprobs]) -> tuple[To
     )
 
 
-def encode_tokens(tokens: SequenceTokens) -> link_pb2.SequenceTokens:
-    return link_pb2.SequenceTokens(
+def _add_tokens(frame: link_pb2.ConnectResponse, tokens: SequenceTokens) -> None:
+    frame.tokens.add(
         sequence_id=tokens.sequence_id,
         first_position=tokens.first_position,
         token_ids=tokens.token_ids,
-        logprobs=encode_logprobs(tokens.logprobs),
+        logprobs=encode_logprobs(tokens.logprobs) if tokens.logprobs else None,
         cached_tokens=tokens.cached_tokens,
     )
 
@@ -314,16 +319,18 @@ def decode_load(message: link_pb2.Load) -> Load:
 
 def encode_frame(frame: f.WorkerFrame) -> link_pb2.ConnectResponse:
     welcome = frame.welcome
-    return link_pb2.ConnectResponse(
+    message = link_pb2.ConnectResponse(
         welcome=None if welcome is None else link_pb2.Welcome(worker_id=welcome.worker_id, epoch=welcome.epoch),
         tickets=[
             link_pb2.TicketGranted(sequence_id=granted.sequence_id, ticket=encode_ticket(granted.ticket))
             for granted in frame.tickets
         ],
-        tokens=[encode_tokens(tokens) for tokens in frame.tokens],
         ended=[encode_ended(ended) for ended in frame.ended],
         load=None if frame.load is None else encode_load(frame.load),
     )
+    for tokens in frame.tokens:  # in place: a list of messages would be copied, and this runs every step
+        _add_tokens(message, tokens)
+    return message
 
 
 def decode_frame(message: link_pb2.ConnectResponse) -> f.WorkerFrame:

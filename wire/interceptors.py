@@ -98,17 +98,6 @@ class AuthInterceptor(ServerInterceptor):
         return scheme.lower() == "bearer" and any(matches)
 
 
-def retry_after_ms(trailers: Iterable[tuple[str, str | bytes]] | None) -> int | None:
-    """The delay that a server asked for in its trailing metadata, if it did."""
-    text = _metadata(trailers, RETRY_KEY)
-    return int(text) if text.isdecimal() and len(text) < 10 else None
-
-
-def error_of(rpc_error: grpc.aio.AioRpcError) -> errors.BatonError:
-    """What a server of ours meant by a failed call; of a status that it did not name, Unavailable."""
-    return errors.from_code(_metadata(rpc_error.trailing_metadata(), ERROR_KEY), rpc_error.details() or "")
-
-
 def traceparent_of(context: Context) -> str:
     """The W3C trace context that came with a call; "" when there is none or it is malformed."""
     return valid_traceparent(_metadata(context.invocation_metadata(), "traceparent"))

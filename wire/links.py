@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from ..core.errors import BatonError, Overloaded, Unavailable
+from ..core.errors import BatonError, Overloaded, StaleEpoch, Unavailable
 from ..core.frames import Command, HandOver, Hello, WorkerFrame
 from ..core.ids import Epoch, WorkerId
 from ..core.request import Request
@@ -49,6 +49,7 @@ class Link:
     def __init__(
         self,
         address: str,
+        worker: tuple[WorkerId, Epoch],
         router_id: str,
         token: str,
         on_frame: Callable[[WorkerFrame], None],
@@ -57,11 +58,10 @@ class Link:
         tls: ClientTls | None = None,
         options: LinkOptions = LinkOptions(),
     ) -> None:
+        """`worker`: the one, in the one life, that is linked; whoever else answers at `address` is not."""
         self.address = address
         self.connected = False
-        self.worker_id: WorkerId | None = None
-        """As the worker named itself in its latest greeting."""
-        self.epoch: Epoch | None = None
+        self._worker = worker
         self._router_id = router_id
         self._token = token
         self._on_frame = on_frame
@@ -131,11 +131,11 @@ class Link:
         frame = codec.decode_frame(message)
         if frame.welcome is None:
             raise Unavailable("the worker's first frame held no greeting")
+        if (frame.welcome.worker_id, frame.welcome.epoch) != self._worker:
+            raise StaleEpoch("another worker, or another life of it, answers there")
         return frame
 
     async def _live(self, call: Any, first: WorkerFrame) -> None:
-        assert first.welcome is not None
-        self.worker_id, self.epoch = first.welcome.worker_id, first.welcome.epoch
         self._pending.clear()
         self._wake.clear()
         self.connected = True

@@ -117,14 +117,6 @@ class Registry:
         self.reachable: bool | None = None
         """Whether Redis answered last time; None: not asked yet."""
 
-    async def ping(self) -> None:
-        """Raises ConfigError when Redis can't be reached now. For start-up: later the loops wait for it."""
-        try:
-            await self._redis.ping()
-        except (RedisError, OSError, TimeoutError) as error:
-            kind = type(error).__name__
-            raise ConfigError(f"Redis can't be reached ({kind}): is it running, is the URL right?") from None
-
     def register(self, record: WorkerRecord, ttl_s: float = TTL_S) -> None:
         """Announces a worker and keeps its lease, from now until `unregister` or `close`. Returns at once."""
         self._record = record
@@ -184,6 +176,9 @@ class Registry:
             except (RedisError, OSError, TimeoutError) as error:
                 self._note(False, error)
                 pause = min(RETRY_S, ttl_s / 3)
+            except Exception:  # a bug, ours or the Redis client's, must not end the lease
+                log.exception("the worker's record could not be renewed")
+                pause = min(RETRY_S, ttl_s / 3)
             await asyncio.sleep(pause)
 
     async def _follow(self, on_change: Callable[[Fleet], None], relist_s: float, grace_s: float) -> None:
@@ -205,6 +200,8 @@ class Registry:
                         await changes.get_message(timeout=relist_s)
             except (RedisError, OSError, TimeoutError) as error:
                 self._note(False, error)
+            except Exception:  # a bug, ours or the Redis client's, must not end the watch
+                log.exception("the fleet could not be listed")
             keep_until = math.inf  # until a lease after it is back
             await asyncio.sleep(RETRY_S)
 

@@ -1,6 +1,5 @@
-"""A gRPC server with bounds: build it, bind it, serve, drain, stop."""
+"""A gRPC server with bounds: build it, bind it, tell its health."""
 
-import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,10 +76,8 @@ class Health:
     def __init__(self, service_names: Sequence[str]) -> None:
         self._names = ("", *service_names)
         self.servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
-        self.serving = False
 
     async def set_serving(self, serving: bool) -> None:
-        self.serving = serving
         status = health_pb2.HealthCheckResponse
         for name in self._names:
             await self.servicer.set(name, status.SERVING if serving else status.NOT_SERVING)
@@ -93,15 +90,3 @@ async def add_health_and_reflection(server: grpc.aio.Server, service_names: Sequ
     reflection.enable_server_reflection((*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     await state.set_serving(False)
     return state
-
-
-async def serve_until(
-    server: grpc.aio.Server, stop: asyncio.Event, health_state: Health, grace_s: float = 10.0
-) -> None:
-    """Starts the server, waits for `stop`, refuses new calls, gives the open ones `grace_s` to finish and ends them."""
-    await server.start()
-    try:
-        await stop.wait()
-    finally:
-        await health_state.set_serving(False)
-        await server.stop(grace_s)

@@ -1,5 +1,6 @@
 """TLS of servers and channels, and the credentials that travel with each call."""
 
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,14 @@ class ServerTls:
 
     @classmethod
     def from_files(cls, certificate: Path, key: Path, client_ca: Path | None = None) -> "ServerTls":
-        """Raises ConfigError when a file can't be read."""
+        """Raises ConfigError when a file can't be read, or when the key is not the certificate's."""
+        for path in (certificate, key):
+            read_pem(path)
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, _no_password)
+        except (ssl.SSLError, ValueError) as error:
+            reason = getattr(error, "reason", None) or error
+            raise ConfigError(f"TLS certificate {certificate} and key {key} can't be used: {reason}") from None
         return cls(
             certificate=read_pem(certificate), key=read_pem(key), client_ca=read_pem(client_ca) if client_ca else None
         )
@@ -44,6 +52,10 @@ class ClientTls:
 
     def credentials(self) -> grpc.ChannelCredentials:
         return grpc.ssl_channel_credentials(self.ca, self.key, self.certificate)
+
+
+def _no_password() -> str:
+    raise ValueError("the key has a password, which a server can't be asked for")
 
 
 def read_pem(path: Path) -> bytes:

@@ -55,4 +55,3 @@ class WorkerConfig:
     ring_dir: Path = Path("/dev/shm/baton")  # noqa: S108 (shared memory; made with mode 0700)
     ring_name: str
     inbox: str  # where peers' ranks find ours
-    transport: str = "ray_store"

@@ -150,7 +150,7 @@ class Landing:
             if error is not None:
                 self.abort(reservation.ticket.ticket_id, error)
                 news.append(LandingFailed(reservation.sequence_id, error))
-            elif not reservation.missing and reservation.first_token is not None and not reservation.told:
+            elif self._complete(reservation) and reservation.first_token is not None and not reservation.told:
                 reservation.told = True
                 news.append(Landed(reservation, reservation.first_token))
         return news
@@ -158,8 +158,7 @@ class Landing:
     def commit(self, ticket_id: TicketId) -> list[BlockId]:
         """The sequence's blocks, held by the caller from now on; the source is told. Only for what has landed."""
         reservation = self._open.pop(ticket_id)
-        assert not reservation.missing, ticket_id
-        assert not reservation.pulls, ticket_id
+        assert self._complete(reservation), ticket_id
         self._tell_all(reservation, None)
         return reservation.table
 
@@ -188,6 +187,11 @@ class Landing:
     def open_reservations(self) -> int:
         """Reservations that are not over, those among them that pulls still write."""
         return len(self._open) + len(self._ending)
+
+    @staticmethod
+    def _complete(reservation: Reservation) -> bool:
+        # A second pull of a block that is here already may still write it: pieces may overlap.
+        return not reservation.missing and not reservation.pulls
 
     @staticmethod
     def _settle(reservation: Reservation) -> BatonError | None:

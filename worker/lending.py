@@ -1,4 +1,4 @@
-"""Blocks lent to readers: announced piece by piece, under a lease that only we count, from the last piece on.
+"""Blocks lent to readers: announced piece by piece, under a lease that only we count, from the last announcement on.
 
     open (ticket) -> announce, announce, ... last -> returned | withdrawn | expired -> blocks back
 
@@ -35,7 +35,7 @@ class Identity:
 class Loan:
     ticket: Ticket
     sequence_id: SequenceId
-    deadline: float | None = None  # from the last piece on; until then the sequence's own life bounds it
+    deadline: float | None = None  # once the last piece is offered; until then the sequence's own life bounds it
     announced: set[int] = field(default_factory=set)
     blocks: list[BlockId] = field(default_factory=list)  # held by this loan
     offers: "list[Future[Moved]]" = field(default_factory=list)
@@ -101,7 +101,7 @@ class Lending:
         loan.announced.update(parcel.indices)
         if first_token is not None:
             loan.complete = True
-            loan.deadline = now + min(loan.ticket.lease_s, self._lease_s)
+            self._renew(loan, now)
         piece = Piece(
             ticket_id=loan.ticket.ticket_id,
             sequence_id=sequence_id,
@@ -143,7 +143,10 @@ class Lending:
         self._closing = [loan for loan in self._closing if not self._finish(loan)]
         failed: list[LoanFailed] = []
         for loan in list(self._loans.values()):
+            under_way = len(loan.offers)
             error = self._settle(loan)
+            if loan.complete and len(loan.offers) < under_way:
+                self._renew(loan, now)  # the reader has heard of it only now
             if error is None and loan.deadline is not None and now >= loan.deadline:
                 error = LeaseExpired("the decode worker did not take the KV in time")
             if error is not None:
@@ -164,6 +167,9 @@ class Lending:
     def open_loans(self) -> int:
         """Loans that are not over, those among them whose bytes are still read."""
         return len(self._loans) + len(self._closing)
+
+    def _renew(self, loan: Loan, now: float) -> None:
+        loan.deadline = now + min(loan.ticket.lease_s, self._lease_s)
 
     @staticmethod
     def _settle(loan: Loan) -> BatonError | None:

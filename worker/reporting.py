@@ -11,9 +11,7 @@ from .records import Kind, Record
 from .ring import Ring, RingFull
 from .roster import Member
 
-_MAX_PARTS = (
-    4096  # more than these are dropped, oldest first: a trace may lack a part, a worker may not run out of memory
-)
+_MAX_PARTS = 4096  # the oldest are dropped: a trace may lack a part, a worker may not run out of memory
 _MAX_STEPS = 4096
 _QUIET_S = 0.25  # counts alone wait this long
 _RATE_PIECES = 64

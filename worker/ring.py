@@ -5,8 +5,9 @@
            (reader)(writer)(of the writer)
 
 head and tail count bytes since the start and never turn back, so `tail - head` is what waits. A record is a u32 length
-and its payload, wrapping around the end. Each counter has one writer and is stored as one aligned 8-byte word after the
-bytes it speaks of; x86-64 keeps that order for the other process.
+and its payload, wrapping around the end. Each counter has one writer and is one aligned 8-byte word, stored after the
+bytes it speaks of were, and read before they are. x86-64 keeps that order for the other process, ARM only across a
+fence.
 
 The doorbell is a FIFO beside the file: the writer puts a byte in after each record, the reader sleeps on it
 (poll, epoll, an asyncio loop), so nobody polls. Both files have mode 0600.
@@ -17,6 +18,7 @@ import os
 import struct
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Self
 
@@ -42,6 +44,8 @@ class Ring:
         self._pid = self._bytes[_PID : _PID + _WORD].cast("Q")
         self._capacity = int(self._bytes[_CAPACITY : _CAPACITY + _WORD].cast("Q")[0])
         self._bell = bell
+        self._lock = Lock()
+        self._lock.acquire()
 
     @classmethod
     def create(cls, path: Path, capacity: int = DEFAULT_CAPACITY, *, writer: bool = True) -> Self:
@@ -96,10 +100,8 @@ class Ring:
         at = self._write(tail, _LENGTH.pack(size))
         for part in parts:
             at = self._write(at, part)
+        self._fence()
         self._tail[0] = at
-        self.ring_bell()
-
-    def ring_bell(self) -> None:
         with suppress(BlockingIOError):  # a full FIFO rings already
             os.write(self._bell, b"\0")
 
@@ -109,11 +111,13 @@ class Ring:
             while len(os.read(self._bell, 4096)) == 4096:
                 pass
         head, tail = self._head[0], self._tail[0]
+        self._fence()
         records: list[bytes] = []
         while head < tail:
             (size,) = _LENGTH.unpack(self._read(head, _LENGTH.size))
             records.append(self._read(head + _LENGTH.size, size))
             head += _LENGTH.size + size
+        self._fence()
         self._head[0] = head
         return records
 
@@ -127,6 +131,12 @@ class Ring:
     def unlink(self) -> None:
         self._path.unlink(missing_ok=True)
         _bell_path(self._path).unlink(missing_ok=True)
+
+    def _fence(self) -> None:
+        """What comes before is done, for other processes too, before what comes after. Python has no fence of its own:
+        giving a lock back and taking it again is a store-release and then a load-acquire, which together are one."""
+        self._lock.release()
+        self._lock.acquire()
 
     def _write(self, at: int, data: bytes) -> int:
         start = at % self._capacity
@@ -151,8 +161,12 @@ class RingPair:
 
     @classmethod
     def for_rank(cls, folder: Path, name: str, capacity: int = DEFAULT_CAPACITY) -> Self:
-        """The rank's end. Makes the files, in a folder that only its owner may enter."""
+        """The rank's end. Makes the files, in a folder that only its owner may enter. Raises PermissionError when it is
+        there and others may write to it: they could put files of theirs in the place of ours."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise PermissionError(f"{folder} may be written to by others; remove it, or choose another ring_dir")
         incoming = Ring.create(folder / f"{name}.to_rank", capacity, writer=False)
         return cls(Ring.create(folder / f"{name}.from_rank", capacity), incoming)  # last: the service waits for it
 

@@ -54,6 +54,11 @@ class Roster(Generic[M]):
     def get(self, sequence_id: SequenceId) -> M | None:
         return self._members.get(sequence_id)
 
+    def get_of(self, link: int, sequence_id: SequenceId) -> M | None:
+        """The sequence, if it came over this link: a router speaks of its own alone."""
+        member = self._members.get(sequence_id)
+        return member if member is not None and member.link == link else None
+
     def admit(self, member: M, blocks_needed: int) -> BatonError | None:
         """Take a new sequence in as waiting, or say why not. The caller has looked that it is not here already."""
         error = self._objection(member.request, blocks_needed)

@@ -25,6 +25,7 @@ from .ring import RingPair
 _ANSWER_S = 60.0  # a step may be long
 _STOP_GRACE_S = 2.0
 _RING_LOOK_S = 0.05
+_HELLO_S = 10.0
 _COUNT = struct.Struct("<I")
 _SERVICES = ("baton.v1.LinkService", "baton.v1.WorkerService")
 
@@ -49,7 +50,11 @@ class LinkServicer(link_pb2_grpc.LinkServiceServicer):
         self, frames: AsyncIterator[link_pb2.ConnectRequest], context: Context
     ) -> AsyncIterator[link_pb2.ConnectResponse]:
         async with self._client.link() as link:
-            commands = codec.decode_commands(await anext(frames, link_pb2.ConnectRequest()))
+            try:
+                async with asyncio.timeout(_HELLO_S):
+                    commands = codec.decode_commands(await anext(frames, link_pb2.ConnectRequest()))
+            except TimeoutError:
+                raise InvalidRequest(f"no Hello came within {_HELLO_S:g} s") from None
             if not commands or not isinstance(commands[0], Hello):
                 raise InvalidRequest("the first command on a link is Hello")
             await link.send(commands)

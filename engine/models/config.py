@@ -59,13 +59,12 @@ class ModelConfig:
     output_bias: bool  # and the attention's output projection
     mlp_bias: bool
     windows: tuple[int | None, ...]  # one per layer: how many keys a query sees; None: all
-    eos_token_ids: tuple[int, ...]
     dtype: torch.dtype  # of the checkpoint
     fingerprint: str  # of configuration and weights
 
     @classmethod
     def from_dir(cls, path: Path) -> "ModelConfig":
-        """Read `path`/config.json and generation_config.json and look at the weights' files.
+        """Read `path`/config.json and look at the weights' files.
 
         Raises ValueError, in words for who runs the server, where a file is missing or says what we can't serve.
         """
@@ -98,7 +97,6 @@ class ModelConfig:
             output_bias=bias and architecture != "qwen2",
             mlp_bias=architecture == "llama" and bool(raw.get("mlp_bias", False)),
             windows=_windows(raw, architecture, num_layers),
-            eos_token_ids=_eos_token_ids(raw, path),
             dtype=_dtype(raw),
             fingerprint=_fingerprint(path),
         )
@@ -162,16 +160,6 @@ def _windows(raw: dict[str, Any], architecture: str, num_layers: int) -> tuple[i
     if len(kinds) != num_layers:
         raise ValueError(f"config.json: {len(kinds)} layer_types for {num_layers} layers")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def _eos_token_ids(raw: dict[str, Any], path: Path) -> tuple[int, ...]:
-    generation = _read_json(path / "generation_config.json") or {}
-    found = generation.get("eos_token_id")
-    if found is None:
-        found = raw.get("eos_token_id")
-    if found is None:
-        return ()
-    return tuple(found) if isinstance(found, list) else (int(found),)
 
 
 def _dtype(raw: dict[str, Any]) -> torch.dtype:

@@ -38,9 +38,6 @@ class SafetensorsDir:
                 self._shapes[name] = tuple(entry["shape"])
                 self.total_bytes += entry["data_offsets"][1] - entry["data_offsets"][0]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One tensor, in the file's dtype, on the CPU. Raises ValueError when it is missing or of another shape."""
         if name not in self._files:
@@ -67,7 +64,10 @@ class SafetensorsDir:
 def _files(path: Path) -> list[Path]:
     if (path / INDEX).exists():
         index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
+        found = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+            raise ValueError(f"{INDEX} has no weight_map of tensors to files")
+        names = sorted(set(found.values()))
         if any(Path(name).name != name for name in names):
             raise ValueError(f"{INDEX} names files outside of its directory")
         missing = [name for name in names if not (path / name).exists()]
@@ -86,8 +86,12 @@ def _checked_header(file: Path) -> dict[str, Any]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
         if not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
             raise ValueError(f"{file.name} is not a whole safetensors file: {size} bytes, header of {length}")
-        header: dict[str, Any] = json.loads(opened.read(length))
+        header = json.loads(opened.read(length))
+    if not isinstance(header, dict):
+        raise ValueError(f"{file.name}: its header is no JSON object")
     header.pop("__metadata__", None)
+    if not all(map(_is_entry, header.values())):
+        raise ValueError(f"{file.name}: a tensor of its header lacks dtype, shape or data_offsets")
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
         begin, stop = entry["data_offsets"]
@@ -100,3 +104,10 @@ def _checked_header(file: Path) -> dict[str, Any]:
     if 8 + length + end != size:
         raise ValueError(f"{file.name} was cut short or is too long: {size} bytes, its header says {8 + length + end}")
     return header
+
+
+def _is_entry(entry: Any) -> bool:
+    match entry:
+        case {"dtype": str(), "shape": [*shape], "data_offsets": [int(), int()]}:
+            return all(isinstance(size, int) and size >= 0 for size in shape)
+    return False

@@ -9,7 +9,9 @@ from uuid import uuid4
 
 import pytest
 
+from baton.core.ids import Epoch, SequenceId, TicketId
 from baton.kv_transfer.inbox import Inbox, deliver
+from baton.kv_transfer.messages import Returned
 from baton.kv_transfer.pool import BlockPool
 from baton.kv_transfer.ray_store import NAMESPACE, RayStoreTransport
 
@@ -48,7 +50,27 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+class _Hung:
+    """A rank that takes nothing, and never says so."""
+
+    def deliver(self, message: Any, handles: Any) -> None:
+        threading.Event().wait()
+
+
 class TestRayStore(TransportContract):
+    def test_a_peer_that_hangs_does_not_delay_what_others_are_told(
+        self, ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("baton.kv_transfer.ray_store._ANNOUNCE_S", 600.0)
+        source, reader = ends
+        name = f"rank-{uuid4().hex}"
+        hung = ray.remote(num_cpus=0)(_Hung).options(name=name).remote()
+        message = Returned(ticket_id=TicketId("t"), sequence_id=SequenceId("s/0"), source_epoch=Epoch(1))
+        reader.transport.tell(name, message)
+        reader.transport.tell(source.name, message)
+        assert source.next_delivery().message == message
+        ray.kill(hung)
+
     @pytest.fixture
     def ends(self, cluster: None) -> Iterator[tuple[End, End]]:
         kind = ray.remote(num_cpus=0, max_concurrency=4)(_Mailbox)

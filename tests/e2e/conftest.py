@@ -1,4 +1,7 @@
-"""One cluster for all end-to-end tests that need nothing special: float32, with an OTLP receiver beside it."""
+"""One cluster for all end-to-end tests that need nothing special: float32, with an OTLP receiver beside it.
+
+`python -m pytest tests/e2e --device cuda` runs them on this machine's GPUs; tests/gpu/cluster.sh runs the main ones.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,15 @@ from .otlp import Receiver
 MODEL = ROOT / "models" / "baton-docs-6m"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="what the clusters under test serve on")
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> str:
+    return str(pytestconfig.getoption("--device", "cpu"))  # not known where this file was found late
+
+
 @pytest.fixture(scope="session")
 def receiver() -> Iterator[Receiver]:
     with Receiver() as running:
@@ -22,10 +34,10 @@ def receiver() -> Iterator[Receiver]:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver, device: str) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
     flags = ["--model", str(MODEL), "--dtype", "float32", "--otlp-endpoint", f"http://{receiver.address}"]
-    with serve(folder, *flags) as running:
+    with serve(folder, "--device", device, *flags) as running:
         yield running
 
 

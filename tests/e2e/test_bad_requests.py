@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import pytest
 
 from baton.v1 import inference_pb2 as pb
 
@@ -228,19 +227,3 @@ def test_every_bad_request_gets_the_right_status(cluster: Cluster) -> None:
         ]
     assert not wrong, "\n".join(f"{name}: {expected} expected, {got} given" for name, expected, got in wrong)
     assert_clean(cluster)
-
-
-@pytest.mark.parametrize("token", ["", "wrong"])
-def test_a_worker_refuses_who_does_not_bring_the_cluster_token(cluster: Cluster, token: str) -> None:
-    from baton.v1 import worker_pb2, worker_pb2_grpc
-
-    from .ledgers import workers
-
-    for record in workers(cluster).values():
-        with grpc.insecure_channel(record.address) as channel:
-            metadata = (("authorization", f"Bearer {token}"),) if token else ()
-            with pytest.raises(grpc.RpcError) as refusal:
-                worker_pb2_grpc.WorkerServiceStub(channel).GetStatus(
-                    worker_pb2.GetStatusRequest(), metadata=metadata, timeout=10
-                )
-            assert refusal.value.code() == grpc.StatusCode.UNAUTHENTICATED

@@ -88,6 +88,14 @@ def test_metrics_of_every_service_count_what_was_done(
         assert sum(float(line.rsplit(" ", 1)[1]) for line in steps) > 0
 
 
+def test_status_shows_the_workers(cluster: Cluster) -> None:
+    command = [sys.executable, "-m", "baton.cluster.cli", "status", "--address", cluster.grpc_address]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    for record in workers(cluster).values():
+        (line,) = [line for line in shown.splitlines() if f"{record.worker_id}  {record.role}" in line]
+        assert f"0 running, 0 waiting, {record.num_blocks} of {record.num_blocks} KV blocks free" in line
+
+
 def test_reflection_names_the_services(cluster: Cluster) -> None:
     with grpc.insecure_channel(cluster.grpc_address) as channel:
         names = set(ProtoReflectionDescriptorDatabase(channel).get_services())

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -18,36 +21,7 @@ from baton.v1 import inference_pb2_grpc
 
 from .cluster import Cluster, free_port, serve, stop, wait_ready
 from .ledgers import assert_clean, workers
-
-
-def processes(part: str) -> list[int]:
-    """Those whose command line holds `part`."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if part in entry.read_text(errors="replace"):
-                found.append(int(entry.parent.name))
-        except OSError:
-            continue
-    return found
-
-
-def descendants(root: int) -> set[int]:
-    parents = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = entry.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        parents[int(entry.parent.name)] = int(fields[1])
-    found, grown = {root}, True
-    while grown:
-        grown = False
-        for child, parent in parents.items():
-            if parent in found and child not in found:
-                found.add(child)
-                grown = True
-    return found - {root}
+from .processes import descendants, that_know, with_command
 
 
 def until(holds: Callable[[], object], timeout_s: float = 60.0) -> object:
@@ -68,7 +42,7 @@ def generate(cluster: Cluster, **sampling: object) -> list[pb.GenerateResponse]:
 def test_a_worker_that_is_killed_comes_back_under_a_new_epoch(cluster: Cluster, role: str) -> None:
     victim = next(record for record in workers(cluster).values() if record.role == role)
     ring = f"{victim.worker_id}.{victim.epoch}"
-    (rank,) = [pid for pid in processes("RankActor") if ring in Path(f"/proc/{pid}/maps").read_text()]
+    (rank,) = [pid for pid in with_command("RankActor") if ring in Path(f"/proc/{pid}/maps").read_text()]
     os.kill(rank, signal.SIGKILL)
     until(lambda: any(r.role == role and r.epoch != victim.epoch for r in workers(cluster).values()), 90)
     until(lambda: answers(cluster), 60)
@@ -83,27 +57,42 @@ def answers(cluster: Cluster) -> bool:
         return False
 
 
-def test_the_default_cluster_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    shared = set(os.listdir("/dev/shm"))
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """Ray's sockets need a short path, pytest's own is too long for them."""
+    folder = Path(tempfile.mkdtemp(prefix="bt-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_the_default_cluster_serves_and_leaves_nothing_behind(tmp_path: Path, short_folder: Path) -> None:
     ports = [part for name in ("grpc", "http", "metrics") for part in (f"--{name}-port", str(free_port()))]
     env = {key: value for key, value in os.environ.items() if not key.startswith("BATON_")}
+    token = secrets.token_hex(16)
     log = tmp_path / "serve.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "baton.cluster.cli", "serve", *ports],
-            stdout=out, stderr=subprocess.STDOUT, env=env, cwd=tmp_path, start_new_session=True,
+            stdout=out, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True,
+            env={**env, "TMPDIR": str(short_folder), "BATON_CLUSTER_TOKEN": token},
         )  # fmt: skip
-    cluster = Cluster(process, log, f"127.0.0.1:{ports[1]}", f"127.0.0.1:{ports[3]}", "", "", "")
+    cluster = Cluster(process, log, f"127.0.0.1:{ports[1]}", f"127.0.0.1:{ports[3]}", "", "", token)
     try:
         wait_ready(cluster)
         assert generate(cluster, max_tokens=4)[-1].usage.completion_tokens >= 1
         children = descendants(process.pid)
         assert len(children) >= 6, "Redis, Ray, a router and two workers of two processes each"
+        assert len(that_know(token)) > 5
+        (run,) = short_folder.glob("baton-*")
+        rings = Path("/dev/shm") / run.name
+        assert rings.stat().st_mode & 0o777 == run.stat().st_mode & 0o777 == 0o700
     finally:
         stop(cluster)
     assert process.returncode == 0, log.read_text()
     until(lambda: not [pid for pid in children if Path(f"/proc/{pid}").exists()], 30)
-    assert set(os.listdir("/dev/shm")) <= shared
+    assert that_know(token) == []
+    assert not run.exists()
+    assert not rings.exists()
     assert "Traceback" not in log.read_text()
 
 
@@ -134,8 +123,9 @@ def test_a_taken_port_is_named(cluster: Cluster, tmp_path: Path) -> None:
     assert port in ended.stderr.strip().splitlines()[-1]
 
 
-def test_two_of_each_worker_serve_together(tmp_path: Path) -> None:
-    with serve(tmp_path, "--prefill", "2", "--decode", "2", "--dtype", "float32") as cluster:
+def test_two_of_each_worker_serve_together(tmp_path: Path, device: str) -> None:
+    flags = ["--prefill", "2", "--decode", "2", "--dtype", "float32", "--device", device]
+    with serve(tmp_path, *flags) as cluster:
         until(lambda: len(workers(cluster)) == 4)
         answered = {tuple(generate(cluster, max_tokens=6, temperature=0)[0].outputs[0].token_ids) for _ in range(6)}
         assert len(answered) == 1

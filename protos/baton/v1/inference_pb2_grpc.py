@@ -76,7 +76,8 @@ class InferenceServiceServicer:
 
     def Generate(self, request, context):
         """Streams the answer. The last message of a stream carries `usage`; a failed request ends in a gRPC status instead.
-        A repeated request_id with the same body is the same request: it attaches to the running (or lately finished) one.
+        A repeated request_id with the same body is the same request: it attaches to the running (or lately finished) one. One
+        that failed, or whose client went away, runs again; with a seed (or temperature 0) and n = 1 it can also be resumed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

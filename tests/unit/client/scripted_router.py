@@ -49,7 +49,10 @@ class ScriptedRouter(rpc.InferenceServiceServicer):
         return pb.ListModelsResponse(models=[pb.Model(name="m", max_model_len=128, ready=True)])
 
     def GetModel(self, request, context):
-        context.abort(grpc.StatusCode.NOT_FOUND, f"no model {request.model}")
+        if request.model != "m":
+            context.abort(grpc.StatusCode.NOT_FOUND, f"no model {request.model}")
+        worker = pb.Worker(worker_id="decode-0", role="decode", running=2, waiting=1, free_blocks=5, total_blocks=8)
+        return pb.GetModelResponse(model=pb.Model(name="m", max_model_len=128, ready=True), workers=[worker])
 
     def Tokenize(self, request, context):
         count = len(request.chat.messages) if request.HasField("chat") else len(request.text)

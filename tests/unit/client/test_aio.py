@@ -29,7 +29,7 @@ async def test_a_broken_stream_goes_on_where_it_stopped(router: ScriptedRouter, 
 
 
 async def test_it_gives_up_after_so_many_failures(router: ScriptedRouter, address: str) -> None:
-    router.scripts = [[Break(UNAVAILABLE)] for _ in range(4)]
+    router.scripts = [[Break(UNAVAILABLE)] for _ in range(7)]
     async with client(address) as ask:
         with pytest.raises(errors.Unavailable):
             await ask.generate("x")

@@ -1,6 +1,8 @@
+import grpc
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baton.client.errors import from_status
 from baton.client.results import Message, Output, Usage
 from baton.client.retry import Retry, StreamProgress
 from baton.core.errors import InvalidRequest, Overloaded, Unavailable
@@ -30,6 +32,11 @@ def test_only_being_away_or_full_is_worth_another_try() -> None:
     assert progress.after(Unavailable("")) is not None
     assert progress.after(Overloaded("")) is not None
     assert progress.after(InvalidRequest("")) is None
+
+
+def test_a_full_server_is_left_alone_for_as_long_as_it_asks() -> None:
+    full = from_status(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", [("retry-after-ms", "1500")])
+    assert StreamProgress(Retry(most_s=0), 1).after(full) == 1.5
 
 
 def test_progress_forgives_the_failures_before_it() -> None:

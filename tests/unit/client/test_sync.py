@@ -55,10 +55,10 @@ def test_tokens_that_came_already_are_not_shown_again(router: ScriptedRouter, ad
 
 
 def test_it_gives_up_after_so_many_failures_without_progress(router: ScriptedRouter, address: str) -> None:
-    router.scripts = [[Break(UNAVAILABLE)] for _ in range(4)]
+    router.scripts = [[Break(UNAVAILABLE)] for _ in range(7)]
     with client(address) as ask, pytest.raises(errors.Unavailable, match="broken on purpose"):
         ask.generate("x")
-    assert len(router.asked) == 4
+    assert len(router.asked) == 7
 
 
 def test_several_answers_are_not_resumed_once_something_came(router: ScriptedRouter, address: str) -> None:
@@ -91,6 +91,13 @@ def test_each_status_is_its_own_error_and_is_not_asked_again(
     with client(address) as ask, pytest.raises(kind):
         ask.generate("x")
     assert len(router.asked) == 1
+
+
+def test_a_request_larger_than_the_server_takes_is_not_sent_again_and_again(
+    router: ScriptedRouter, address: str
+) -> None:
+    with client(address) as ask, pytest.raises(errors.InvalidRequest, match="larger than max"):
+        ask.generate("x" * 200_000)
 
 
 def test_the_name_in_the_trailing_metadata_goes_before_the_status(router: ScriptedRouter, address: str) -> None:
@@ -152,6 +159,10 @@ def test_the_small_calls(router: ScriptedRouter, address: str) -> None:
         assert ask.cancel("known") is True
         assert ask.cancel("other") is False
         assert ask.explain("known").decode_worker == "decode-0"
+        assert ask.model("m").max_model_len == 128
+        assert [(worker.worker_id, worker.running, worker.free_blocks) for worker in ask.workers("m")] == [
+            ("decode-0", 2, 5)
+        ]
         with pytest.raises(errors.UnknownModel):
             ask.model("nope")
 

@@ -86,11 +86,24 @@ def test_status_and_models_say_what_is_served(
     assert cli.main(["models", "--address", address]) == 0
     shown = capsys.readouterr().out
     assert "model    m  ready" in shown
+    assert "worker   decode-0  decode: 2 running, 1 waiting, 5 of 8 KV blocks free" in shown
     assert "NAME  CONTEXT" in shown
 
 
-def test_status_says_how_to_start_a_cluster_when_none_is_there(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["status", "--address", "127.0.0.1:1"]) == cli.EXIT_MISTAKE
+@pytest.mark.parametrize("command", [["status"], ["models"], ["generate", "x"]])
+def test_every_command_says_how_to_start_a_cluster_when_none_is_there(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*command, "--address", "127.0.0.1:1"]) == cli.EXIT_MISTAKE
+    assert "`baton serve`" in capsys.readouterr().err
+
+
+def test_a_conversation_outlives_a_router_that_is_away(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter(["one", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert cli.main(["chat", "--address", "127.0.0.1:1"]) == 0
     assert "`baton serve`" in capsys.readouterr().err
 
 

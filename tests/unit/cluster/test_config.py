@@ -91,6 +91,11 @@ def test_api_keys_come_from_environment_and_file_once_each(tmp_path: Path) -> No
         read_api_keys(config)
 
 
+def test_no_secret_is_in_its_text() -> None:
+    environment = {"BATON_API_KEYS": "secret", "BATON_CLUSTER_TOKEN": "secret", "REDIS_URL": "redis://:secret@h:1"}
+    assert "secret" not in repr(load({}, environment, None))
+
+
 def test_every_setting_has_help() -> None:
     assert all(setting.help for setting in SETTINGS)
 

@@ -97,9 +97,17 @@ def test_gpus_are_counted_without_torch(tmp_path: Path) -> None:
     assert count_gpus("auto", {"CUDA_VISIBLE_DEVICES": "1"}, tmp_path) == 1
     assert count_gpus("auto", {"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == 0
     assert count_gpus("cpu", {}, tmp_path) == 0
-    assert count_gpus("auto", {}, tmp_path / "none") == 0
+    none = tmp_path / "none"
+    assert count_gpus("auto", {}, none, none) == 0
     with pytest.raises(ConfigError, match="no GPU is here"):
-        count_gpus("cuda", {}, tmp_path / "none")
+        count_gpus("cuda", {}, none, none)
+
+
+def test_gpus_are_counted_by_their_device_nodes_where_the_driver_shows_no_folder(tmp_path: Path) -> None:
+    for name in ("nvidia0", "nvidia11", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / name).touch()
+    assert count_gpus("auto", {}, tmp_path / "none", tmp_path) == 2
+    assert count_gpus("cuda", {"CUDA_VISIBLE_DEVICES": "11"}, tmp_path / "none", tmp_path) == 1
 
 
 @pytest.mark.parametrize(("gpus", "workers", "share"), [(0, 2, 0), (1, 2, 0.5), (2, 2, 1), (8, 2, 1), (2, 3, 0.5)])

@@ -81,6 +81,33 @@ def test_a_header_longer_than_the_file_is_refused(own: Path) -> None:
         ModelConfig.from_dir(own)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        {"w": 1},
+        {"w": {"dtype": "F32", "shape": [1]}},
+        {"w": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}},
+        {"w": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}},
+        {"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
+        {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0]}},
+    ],
+    ids=str,
+)
+def test_a_header_that_is_no_table_of_tensors_is_refused(own: Path, header: Any) -> None:
+    text = json.dumps(header).encode()
+    (own / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(ValueError, match=r"^model\.safetensors: "):
+        ModelConfig.from_dir(own)
+
+
+@pytest.mark.parametrize("index", [[], {}, {"weight_map": ["a"]}, {"weight_map": {"a": 1}}], ids=str)
+def test_an_index_that_names_no_files_is_refused(own: Path, index: Any) -> None:
+    (own / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="weight_map"):
+        ModelConfig.from_dir(own)
+
+
 def test_a_directory_with_pickled_weights_alone_is_refused(own: Path) -> None:
     (own / "model.safetensors").rename(own / "pytorch_model.bin")
     with pytest.raises(ValueError, match="only safetensors"):
@@ -119,11 +146,6 @@ def test_the_fingerprint_tells_weights_and_dtypes_apart(own: Path, checkpoint: C
     data[-1] ^= 1  # the sign of one weight, or so
     file.write_bytes(bytes(data))
     assert ModelConfig.from_dir(own).fingerprint != before.fingerprint
-
-
-def test_generation_configs_list_of_ends_wins(own: Path) -> None:
-    (own / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
-    assert ModelConfig.from_dir(own).eos_token_ids == (7, 8)
 
 
 def test_the_old_spelling_of_rope_is_understood(own: Path) -> None:

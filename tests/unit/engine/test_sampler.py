@@ -80,19 +80,19 @@ def test_drawn_tokens_have_the_softmaxs_distribution() -> None:
     assert statistic < large.sum() + 4 * np.sqrt(2 * large.sum())
 
 
-def naive_filter(logits: list[float], params: Sampling) -> dict[int, float]:
-    """Token -> probability by the words of the contract, one token at a time."""
+def naive_filter(logits: list[float], params: Sampling, slack: float = 0.0) -> dict[int, float]:
+    """Token -> probability by the words of the contract, one token at a time. slack > 0 lets tokens at an edge in."""
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     top = logits[order[0]]
     weights = {token: float(np.exp((logits[token] - top) / params.temperature)) for token in order}
     kept = order[: params.top_k] if params.top_k else order
     total, before, nucleus = sum(weights[token] for token in kept), 0.0, []
     for token in kept:
-        if nucleus and before >= params.top_p * total * (1 - 1e-12):
+        if nucleus and before >= params.top_p * total * (1 + slack):
             break
         nucleus.append(token)
         before += weights[token]
-    strong = [token for token in nucleus if weights[token] >= params.min_p * (1 - 1e-12)]
+    strong = [token for token in nucleus if weights[token] >= params.min_p * (1 - slack)]
     total = sum(weights[token] for token in strong)
     return {token: weights[token] / total for token in strong}
 
@@ -108,22 +108,16 @@ def naive_filter(logits: list[float], params: Sampling) -> dict[int, float]:
 def test_filters_keep_what_a_plain_reading_keeps(logits: list[float], **given_params: Any) -> None:
     params = Sampling(max_tokens=1, **given_params)
     tensor = torch.tensor([logits])
-    expected = naive_filter(tensor[0].tolist(), params)
+    values = tensor[0].tolist()
     draw = rows_of(params).draw
     assert draw is not None
     weights, order = _filtered(tensor, draw)
     kept = {int(token): float(weight) for weight, token in zip(weights[0], order[0], strict=True) if weight > 0}
-    near_edge = abs(sum(expected.values()) - 1) > 1e-9
-    assert not near_edge
-    total = sum(kept.values())
-    assert set(kept) == set(expected) or _differ_at_an_edge(kept, expected)
+    # Rounding decides of tokens that lie within 1e-6 of a threshold.
+    assert set(naive_filter(values, params, -1e-6)) <= set(kept) <= set(naive_filter(values, params, 1e-6))
+    expected, total = naive_filter(values, params), sum(kept.values())
     for token in set(kept) & set(expected):
         assert kept[token] / total == pytest.approx(expected[token], rel=1e-3)
-
-
-def _differ_at_an_edge(kept: dict[int, float], expected: dict[int, float]) -> bool:
-    """One token more or less, where rounding decides whether the sum before it has reached top-p."""
-    return len(set(kept) ^ set(expected)) == 1 and min(expected.values()) < 1e-4
 
 
 def test_zero_temperature_is_greedy_beside_others_that_draw() -> None:

@@ -154,6 +154,19 @@ def test_architectures_are_named_as_nvcc_names_them() -> None:
     assert {capability: build.architecture(capability) for capability in names} == names
 
 
-def test_the_command_needs_an_architecture(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_needs_an_architecture(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert build.main([]) == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_the_command_compiles_for_the_gpus_that_are_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capabilities = [(9, 0), (8, 0), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(build, "compile_library", lambda arch, nvcc: Path(f"{nvcc}-{arch}.so"))
+    assert build.main([]) == 0
+    assert capsys.readouterr().out.split() == ["nvcc-80.so", "nvcc-90a.so"]

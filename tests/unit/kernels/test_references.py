@@ -6,7 +6,7 @@ import torch
 from baton.kernels.activation import silu_gate
 from baton.kernels.block_copy import gather_blocks, scatter_blocks
 from baton.kernels.linear import linear, pack_weight
-from baton.kernels.norm import add_rms_norm, rms_norm, rms_norm_reference
+from baton.kernels.norm import rms_norm, rms_norm_reference
 from baton.kernels.paged_attention import Workspace, paged_attention_reference, paged_decode_attention, plan_decode
 from baton.kernels.prefill_attention import paged_prefill_attention
 from baton.kernels.rotary import rotary, rotary_reference, signed_sin
@@ -56,6 +56,23 @@ def test_decode_attention_sees_its_own_context_and_no_more(
             assert_close(found[row : row + 1], paged_attention_reference(*asked))
 
 
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("lens", [[33], [17, 17], [1, 16, 17, 100, 40]], ids=str)
+def test_nan_that_an_earlier_holder_left_in_a_block_reaches_nobody(lens: list[int], window: int | None) -> None:
+    pool, tables, context_lens = random(N, L, 2, G, P, D), tables_for(lens), torch.tensor(lens, dtype=torch.int32)
+    spoilt = torch.full_like(pool, float("nan"))
+    for table, length in zip(tables.tolist(), lens, strict=True):
+        for position in range(length):
+            place = (table[position // P], slice(None), slice(None), slice(None), position % P)
+            spoilt[place] = pool[place]
+    q = random(len(lens), H, D, seed=1)
+    clean = paged_decode_attention(q, pool, 1, tables, context_lens, 0.3, window)
+    assert torch.equal(paged_decode_attention(q, spoilt, 1, tables, context_lens, 0.3, window), clean)
+    starts = list(range(len(lens) + 1))  # the last token of each as a chunk of its own
+    clean = paged_prefill_attention(q, pool, 1, tables, starts, lens, 0.3, window)
+    assert torch.equal(paged_prefill_attention(q, spoilt, 1, tables, starts, lens, 0.3, window), clean)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 1, 20])
 def test_prefill_attention_is_causal_after_each_cached_prefix(window: int | None, dtype: torch.dtype) -> None:
@@ -102,13 +119,6 @@ def test_block_copies_refuse_blocks_of_another_size() -> None:
 def test_rms_norm_is_the_formula() -> None:
     x, weight = random(7, 32), random(32, seed=1)
     assert_close(rms_norm(x, weight, 1e-5), rms_norm_reference(x.double(), weight.double(), 1e-5))
-
-
-def test_add_rms_norm_adds_to_the_stream_first() -> None:
-    x, stream, weight = random(7, 32), random(7, 32, seed=2), random(32, seed=1)
-    total = x + stream
-    assert_close(add_rms_norm(x, stream, weight, 1e-5), rms_norm_reference(total.double(), weight.double(), 1e-5))
-    assert torch.equal(stream, total)
 
 
 def test_rotary_turns_pairs_as_complex_numbers() -> None:

@@ -5,20 +5,26 @@ from baton.core.ids import SequenceId
 from baton.prefill_worker.scheduler import Running, Waiting, plan_starts, plan_step
 
 
-def waiting(*needs: int) -> list[Waiting]:
-    return [Waiting(SequenceId(str(i)), need) for i, need in enumerate(needs)]
+def waiting(*needs: int, expected: str = "0123456789") -> list[Waiting]:
+    return [Waiting(SequenceId(str(i)), need, str(i) in expected) for i, need in enumerate(needs)]
 
 
 def test_prompts_start_first_come_first_while_blocks_last() -> None:
-    assert plan_starts(waiting(2, 3, 1), running=0, available=5, max_batch=8) == ("0", "1")
+    assert plan_starts(waiting(2, 3, 1), running=0, available=5, max_batch=8, spare=4) == ("0", "1")
 
 
 def test_a_long_prompt_is_not_starved_by_short_ones_behind_it() -> None:
-    assert plan_starts(waiting(9, 1, 1), running=1, available=8, max_batch=8) == ()
+    assert plan_starts(waiting(9, 1, 1), running=1, available=8, max_batch=8, spare=4) == ()
 
 
 def test_no_more_prompts_run_than_there_are_places() -> None:
-    assert plan_starts(waiting(1, 1, 1), running=2, available=9, max_batch=3) == ("0",)
+    assert plan_starts(waiting(1, 1, 1), running=2, available=9, max_batch=3, spare=4) == ("0",)
+
+
+def test_prompts_that_nobody_expects_leave_room_for_any_that_is_expected() -> None:
+    assert plan_starts(waiting(2, 2, 2, expected=""), running=0, available=9, max_batch=8, spare=4) == ("0", "1")
+    assert plan_starts(waiting(2, 2, 2, expected="0"), running=0, available=7, max_batch=8, spare=4) == ("0",)
+    assert plan_starts(waiting(2, 2, 2), running=0, available=6, max_batch=8, spare=4) == ("0", "1", "2")
 
 
 def test_several_short_prompts_share_a_step_and_a_long_one_takes_many() -> None:

@@ -73,10 +73,15 @@ class FakeSeat:
         self.released = True
 
     def tell(self, news: News) -> None:
-        """As the fleet does: nothing after the release, nor after the end."""
-        if self.released or self.ended or self.listener is None:
+        """What a worker may say: nothing after the release, nor after the end."""
+        if not self.ended:
+            self.fleet_tells(news)
+
+    def fleet_tells(self, news: News) -> None:
+        """As the fleet does: a lost link is told after the end too."""
+        if self.released or self.listener is None:
             return
-        self.ended = news.ended is not None or news.lost
+        self.ended = self.ended or news.ended is not None or news.lost
         self.listener(news)
 
     def tokens(self, first: int, ids: list[int], end: EndReason | None = None, cached: int = 0) -> None:
@@ -191,6 +196,7 @@ class Bench:
                 name="m", max_model_len=CONTEXT, vocab_size=VOCAB, dtype="float32", fingerprint="f"
             ),
             ready=lambda: True,
+            workers=list,
         )
 
 

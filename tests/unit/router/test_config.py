@@ -55,6 +55,12 @@ def test_what_is_no_configuration_is_refused(text: str) -> None:
         RouterConfig.from_json(text)
 
 
+def test_no_secret_is_in_its_text() -> None:
+    config = read(redis_url="redis://:secret@h:1/0", cluster_token="secret", api_keys=["secret"])
+    assert "secret" not in repr(config)
+    assert "secret" in config.to_json()
+
+
 def test_it_comes_from_the_environment() -> None:
     assert RouterConfig.from_environment({VARIABLE: json.dumps(LEAST)}) == read()
     with pytest.raises(ConfigError, match=VARIABLE):

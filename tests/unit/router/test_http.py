@@ -128,6 +128,13 @@ async def test_logprobs_of_a_chat(client: httpx.AsyncClient) -> None:
     assert len(content[0]["top_logprobs"]) == 2
 
 
+async def test_logprobs_give_the_bytes_of_a_part_of_a_character(bench: Bench) -> None:
+    bench.workers.on_admit = answers_with("ä".encode(), bench.tokenizer)
+    body = (await a_client(bench).post(CHAT, json={**HI, "logprobs": True, "max_tokens": 2})).json()
+    content = body["choices"][0]["logprobs"]["content"]
+    assert [entry["bytes"] for entry in content] == [[0xC3], [0xA4]]
+
+
 async def test_logprobs_of_a_text_streamed_and_whole(client: httpx.AsyncClient) -> None:
     asked = {"prompt": "a", "logprobs": 1, "max_tokens": 3}
     whole = (await client.post(TEXT, json=asked)).json()["choices"][0]["logprobs"]
@@ -164,6 +171,11 @@ UNSUPPORTED: list[tuple[str, object]] = [
     ("best_of", 2),
     ("modalities", ["text", "audio"]),
     ("guided_json", {}),
+    ("add_generation_prompt", False),
+    ("skip_special_tokens", False),
+    ("include_stop_str_in_output", True),
+    ("truncate_prompt_tokens", 4),
+    ("allowed_token_ids", [1]),
 ]
 
 

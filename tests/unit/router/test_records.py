@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from baton.core.errors import InvalidRequest, Overloaded, RequestConflict, UnknownRequest, WorkerLost
 from baton.core.ids import RequestId
-from baton.core.request import FinishReason
+from baton.core.request import FinishReason, TokenLogprobs
 from baton.router.records import Delta, Record, Records, Usage, merge
 
 from .fakes import read_all, turns
@@ -69,6 +69,30 @@ def test_the_oldest_is_forgotten_when_their_answers_are_too_long(clock: Clock) -
     ended(records, "a", tokens=60)
     ended(records, "b", tokens=60)
     assert [records.find(RequestId(name)) is not None for name in "ab"] == [False, True]
+
+
+def test_log_probabilities_count_as_what_they_take(clock: Clock) -> None:
+    records = some_records(clock, max_ended_tokens=30)
+    for name in "ab":
+        record = records.open(RequestId(name), DIGEST)
+        entry = TokenLogprobs(-1.0, tuple((token, -1.0) for token in range(18)))
+        record.append(Delta(index=0, token_ids=(1,), logprobs=(entry,)))
+        record.finish("finished", USAGE)
+        records.close(record)
+    assert [records.find(RequestId(name)) is not None for name in "ab"] == [False, True]
+
+
+def test_a_void_record_makes_room_for_the_next_run(clock: Clock) -> None:
+    records = some_records(clock, max_ended_tokens=30)
+    for run in range(50):
+        record = records.open(RequestId("a"), DIGEST)
+        assert record.run == run
+        record.append(Delta(index=0, token_ids=(1, 2, 3, 4)))
+        record.fail(WorkerLost("gone"))
+        records.close(record)
+        assert record.void
+    ended(records, "b", tokens=26)
+    assert records.find(RequestId("a")) is record, "4 and 26 tokens are kept: the runs before count no more"
 
 
 def test_more_than_may_run_are_refused(clock: Clock) -> None:

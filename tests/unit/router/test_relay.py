@@ -18,7 +18,8 @@ from baton.core.errors import (
     UnknownRequest,
     WorkerLost,
 )
-from baton.core.request import EndReason, FinishReason
+from baton.core.ids import SequenceId
+from baton.core.request import Ended, EndReason, FinishReason
 from baton.router import relay as relay_module
 from baton.router.records import Message, Record
 from baton.router.workers import News
@@ -217,11 +218,76 @@ async def test_the_same_id_for_another_request_is_a_conflict(bench: Bench) -> No
         submit(bench, a_request(temperature=0.25))
 
 
-def test_resuming_what_is_not_known_is_an_error(bench: Bench) -> None:
-    request = a_request()
+@pytest.mark.parametrize("sampling", [{"seed": None}, {"n": 2}])
+def test_resuming_what_is_not_known_and_can_not_be_repeated_is_an_error(bench: Bench, sampling: dict[str, Any]) -> None:
+    request = a_request(**sampling)
     request.stream.resume_after_seq = 3
     with pytest.raises(UnknownRequest):
         submit(bench, request)
+
+
+@pytest.mark.parametrize("sampling", [{"seed": 7}, {"seed": None, "temperature": 0}])
+async def test_a_router_that_does_not_know_a_request_repeats_it_and_leaves_out_what_came(
+    bench: Bench, sampling: dict[str, Any]
+) -> None:
+    ids = bench.tokenizer.encode("hello")
+
+    def on_admit(seat: FakeSeat) -> None:
+        loop = asyncio.get_running_loop()
+        if seat.worker_id == "prefill":
+            loop.call_soon(seat.tokens, 0, ids[:1])
+        else:  # all in one frame, and the client is in the midst of it
+            loop.call_soon(seat.tokens, 1, [*ids[1:], 0], EndReason.STOP)
+
+    bench.workers.on_admit = on_admit
+    request = a_request(**sampling)
+    request.stream.resume_after_seq = 3
+    messages = await read_all(submit(bench, request), after_seq=3)
+    assert text_of(messages) == "lo"
+    assert messages[-1].seq == 6
+    assert messages[-1].usage
+    assert messages[-1].usage.completion_tokens == 6
+
+
+async def test_a_failed_request_that_is_asked_for_again_runs_again(bench: Bench) -> None:
+    bench.workers.refuse = Overloaded("no room")
+    with pytest.raises(Overloaded):
+        await read_all(submit(bench, a_request()))
+    bench.workers.refuse = None
+    bench.workers.on_admit = answers_with(b"hello", bench.tokenizer)
+    assert text_of(await read_all(submit(bench, a_request()))) == "hello"
+    names = [seat.request.sequence_id for seat in bench.workers.prefills if seat.request]
+    assert names == ["r/0+1"], "what comes late of the first run is not taken for this one's"
+
+
+async def test_a_client_whose_stream_broke_gets_the_rest_of_the_same_answer(bench: Bench) -> None:
+    request = a_request(temperature=1.0)
+    request.sampling.ClearField("seed")
+    with submit(bench, request).attached():
+        await turns()
+        bench.workers.prefills[0].tokens(0, bench.tokenizer.encode("h"))
+    await turns()
+    assert not bench.records.running
+    first = bench.workers.prefills[0].request
+    bench.workers.on_admit = answers_with(b"hello", bench.tokenizer)
+    request.stream.resume_after_seq = 1
+    messages = await read_all(submit(bench, request), after_seq=1)
+    assert text_of(messages) == "ello"
+    assert finishes(messages) == [FinishReason.STOP]
+    second = bench.workers.prefills[1].request
+    assert first
+    assert second
+    assert first.sampling.seed == second.sampling.seed
+
+
+async def test_a_request_that_was_cancelled_by_name_stays_cancelled(bench: Bench) -> None:
+    record = submit(bench, a_request())
+    with record.attached():
+        await turns()
+        bench.relay.cancel(record.request_id)  # and its reader leaves before the end
+    await turns()
+    assert record.course.state == "cancelled"
+    assert submit(bench, a_request()) is record
 
 
 async def test_a_lost_worker_is_replaced_before_anything_was_sent(bench: Bench) -> None:
@@ -285,15 +351,63 @@ async def test_no_place_is_the_client_s_to_know(bench: Bench) -> None:
         await read_all(submit(bench, a_request()))
 
 
-async def test_losing_prefill_after_its_token_is_decode_s_to_judge(bench: Bench) -> None:
+@pytest.mark.parametrize("decode_has_it", ["by prefill's word", "by its own tokens"])
+@pytest.mark.parametrize("fails", [False, True])
+async def test_losing_prefill_changes_nothing_once_decode_has_the_kv(
+    bench: Bench, decode_has_it: str, fails: bool
+) -> None:
     record = submit(bench, a_request(max_tokens=3))
     with record.attached() as reader:
         await turns()
         prefill, decode = bench.workers.prefills[0], bench.workers.decodes[0]
         decode.tell(News(ticket=a_ticket("t")))
         prefill.tokens(0, [70])
-        prefill.tell(News(lost=True))
+        if decode_has_it == "by its own tokens":
+            decode.tokens(1, [71])
+        else:
+            prefill.fleet_tells(News(ended=Ended(sequence_id=SequenceId("r/0"), reason=EndReason.HANDED_OVER)))
+        prefill.fleet_tells(News(ended=late_failure()) if fails else News(lost=True))
+        await turns()
+        assert len(bench.workers.needs) == 1
         decode.tokens(1, [71, 72], EndReason.LENGTH)
+        messages = [message async for message in reader.messages()]
+    assert [token for message in messages for output in message.outputs for token in output.token_ids] == [70, 71, 72]
+
+
+def late_failure() -> Ended:
+    """What prefill says when the word that decode has committed was lost and the lease ran out."""
+    return Ended(
+        sequence_id=SequenceId("r/0"), reason=EndReason.FAILED, error_code="LeaseExpired", error_message="late"
+    )
+
+
+async def test_losing_prefill_with_token_0_still_under_way_is_mended_at_once(bench: Bench) -> None:
+    """Decode's tokens are there, but nothing can be given on before token 0, which only prefill sends."""
+    record = submit(bench, a_request(max_tokens=3))
+    with record.attached() as reader:
+        await turns()
+        bench.workers.decodes[0].tokens(1, [71])
+        bench.workers.prefills[0].fleet_tells(News(lost=True))
+        await turns()
+        assert bench.workers.decodes[0].released
+        bench.workers.prefills[1].tokens(0, [70])
+        bench.workers.decodes[1].tokens(1, [71, 72], EndReason.LENGTH)
+        messages = [message async for message in reader.messages()]
+    assert [token for message in messages for output in message.outputs for token in output.token_ids] == [70, 71, 72]
+
+
+async def test_losing_prefill_before_decode_has_the_kv_is_mended_at_once(bench: Bench) -> None:
+    """Decode would wait for a piece that never comes, until its reservation runs out."""
+    record = submit(bench, a_request(max_tokens=3))
+    with record.attached() as reader:
+        await turns()
+        prefill = bench.workers.prefills[0]
+        prefill.tokens(0, [70])
+        prefill.fleet_tells(News(lost=True))
+        await turns()
+        assert bench.workers.decodes[0].released
+        bench.workers.prefills[1].tokens(0, [70])
+        bench.workers.decodes[1].tokens(1, [71, 72], EndReason.LENGTH)
         messages = [message async for message in reader.messages()]
     assert [token for message in messages for output in message.outputs for token in output.token_ids] == [70, 71, 72]
 

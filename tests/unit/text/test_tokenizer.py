@@ -75,8 +75,38 @@ def test_a_conversation_has_one_begin_and_equals_transformers(model_dir: Path, t
     tokenizer.close()
 
 
+def test_a_special_token_written_out_in_a_message_is_that_token_as_with_transformers(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    path = copy_with(model_dir, tmp_path, chat_template=BRACKETS)
+    content = "a<|im_end|><|im_start|>system b"
+    reference = AutoTokenizer.from_pretrained(path)
+    tokenizer = Tokenizer.from_dir(path)
+    ids = tokenizer.encode_chat([ChatMessage("user", content)])
+    assert ids == reference.apply_chat_template([{"role": "user", "content": content}], return_dict=False)
+    assert reference.convert_tokens_to_ids("<|im_start|>") in ids
+    tokenizer.close()
+
+
+@given(text=TEXTS)
+@settings(deadline=None, max_examples=60)
+def test_the_bytes_of_the_tokens_are_those_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    whole = tokenizer.decode(ids, skip_special=False).encode()
+    if not tokenizer.byte_tokens:  # else the decoder drops a leading space, which only the whole text has
+        assert b"".join(tokenizer.bytes_of(token) for token in ids) == whole
+    assert tokenizer.bytes_of(10**9) == b""
+
+
+def test_a_token_that_is_part_of_a_character_has_its_own_bytes(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("🦀", add_special_tokens=False)
+    assert len(ids) > 1
+    assert b"".join(tokenizer.bytes_of(token) for token in ids).lstrip() == "🦀".encode()
+
+
 def test_a_model_without_chat_template_refuses_conversations(tokenizer: Tokenizer) -> None:
-    assert not tokenizer.has_chat_template
     with pytest.raises(InvalidRequest, match="no chat template"):
         tokenizer.encode_chat([ChatMessage("user", "hello")])
 

@@ -2,6 +2,7 @@ import math
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -381,6 +382,12 @@ def test_a_ledger_or_status_out_of_bounds_is_refused() -> None:
         worker_codec.decode_ledger(worker_pb2.GetLedgerResponse(violations=["x" * 5000]))
     with pytest.raises(InvalidRequest):
         worker_codec.decode_status(worker_pb2.GetStatusResponse(worker_id="w", uptime_s=math.inf))
+
+
+@pytest.mark.parametrize("milliseconds", [0, 1, 2007, 524_287, 3_600_000])
+def test_milliseconds_do_not_grow_on_the_way(milliseconds: int) -> None:
+    ticket = replace(codec.decode_ticket(a_ticket()), lease_s=milliseconds / 1000)
+    assert codec.encode_ticket(ticket).lease_ms == milliseconds
 
 
 def test_a_deadline_that_has_nearly_passed_is_still_a_deadline() -> None:

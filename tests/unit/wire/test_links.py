@@ -20,6 +20,7 @@ from baton.wire.server import BETWEEN_SERVICES, Limits, bind, build_server
 
 QUICK = LinkOptions(backoff_s=0.01, max_backoff_s=0.05, greeting_timeout_s=5)
 WAIT_S = 20.0
+W1 = (WorkerId("w"), Epoch(1))
 
 
 class Worker(link_pb2_grpc.LinkServiceServicer):
@@ -85,7 +86,7 @@ async def serving(worker: Worker, port: int = 0, limits: Limits = BETWEEN_SERVIC
 async def linked(
     address: str, router: Router, token: str = "token", options: LinkOptions = QUICK
 ) -> AsyncIterator[Link]:
-    link = Link(address, "router-1", token, router.frames.put_nowait, router.states.put_nowait, options=options)
+    link = Link(address, W1, "router-1", token, router.frames.put_nowait, router.states.put_nowait, options=options)
     await link.start()
     try:
         yield link
@@ -103,7 +104,20 @@ async def test_a_link_greets_and_tells_the_first_frame() -> None:
         assert await router.state()
         assert await worker.frames.get() == [Hello(router_id="router-1")]
         assert (await router.frame()).load == Load(running=7)
-        assert (link.connected, link.worker_id, link.epoch) == (True, "w", 1)
+        assert link.connected
+
+
+@pytest.mark.parametrize("expected", [(WorkerId("w"), Epoch(2)), (WorkerId("v"), Epoch(1))])
+async def test_another_worker_or_another_life_at_the_address_is_not_linked(expected: tuple[WorkerId, Epoch]) -> None:
+    worker, router = Worker(), Router()
+    async with serving(worker) as address:
+        link = Link(address, expected, "r", "token", router.frames.put_nowait, router.states.put_nowait, options=QUICK)
+        await link.start()
+        async with asyncio.timeout(WAIT_S):
+            for _ in range(2):  # it tries again, as the one it looks for may come
+                assert await worker.frames.get() == [Hello(router_id="r")]
+        await link.close()
+    assert router.states.empty()
 
 
 async def test_frames_arrive_in_order() -> None:
@@ -155,21 +169,19 @@ async def test_huge_prompts_are_spread_over_frames_in_order(monkeypatch: pytest.
         assert [await worker.frames.get() for _ in range(3)] == [commands[:2], commands[2:3], commands[3:]]
 
 
-async def test_a_lost_link_is_told_once_and_comes_back_with_the_new_epoch() -> None:
+async def test_a_lost_link_is_told_once_and_comes_back() -> None:
     worker, router = Worker(), Router()
     async with serving(worker) as address:
         port = int(address.rpartition(":")[2])
-        link = Link(address, "r", "token", router.frames.put_nowait, router.states.put_nowait, options=QUICK)
+        link = Link(address, W1, "r", "token", router.frames.put_nowait, router.states.put_nowait, options=QUICK)
         await link.start()
         assert await router.state()
     try:
         assert not await router.state()
         with pytest.raises(Unavailable):
             link.send(release("s"))
-        worker.epoch = 2
         async with serving(worker, port):
             assert await router.state()  # nothing else was told in between
-            assert link.epoch == 2
     finally:
         await link.close()
 
@@ -289,7 +301,7 @@ async def test_a_callback_that_fails_ends_the_stream_and_the_link_comes_back() -
         router.frames.put_nowait(frame)
 
     async with serving(worker) as address:
-        link = Link(address, "r", "token", on_frame, router.states.put_nowait, options=QUICK)
+        link = Link(address, W1, "r", "token", on_frame, router.states.put_nowait, options=QUICK)
         await link.start()
         try:
             assert await router.state()

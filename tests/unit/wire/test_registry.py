@@ -153,15 +153,43 @@ async def test_unregistering_leaves_the_record_of_a_new_life(valkey: Server) -> 
 async def test_a_server_that_comes_later_is_found(away: Server) -> None:
     watcher = Watcher()
     async with joined(away) as worker, joined(away) as router:
-        with pytest.raises(ConfigError):
-            await router.ping()
         worker.register(RECORD)
         router.watch(watcher, relist_s=0.05)
         await until(reachable(router), lambda seen: seen is False)
         await until(reachable(worker), lambda seen: seen is False)
         away.start()
         assert await watcher.until(bool) == {RECORD.worker_id: RECORD}
-        await router.ping()
+
+
+async def test_a_bug_ends_neither_the_watch_nor_the_lease(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RETRY_S", 0.01)
+    watcher = Watcher()
+    listed = Registry._list
+    bugs = {"list": 2}
+
+    async def faulty(registry: Registry) -> dict[WorkerId, WorkerRecord]:
+        bugs["list"] -= 1
+        if bugs["list"] >= 0:
+            raise ValueError("on purpose")
+        return await listed(registry)
+
+    class Faulty(module.aioredis.Redis):
+        broken = 2
+
+        def pipeline(self, *args: Any, **kwargs: Any) -> Any:
+            Faulty.broken -= 1
+            if Faulty.broken >= 0:
+                raise ValueError("on purpose")
+            return super().pipeline(*args, **kwargs)
+
+    monkeypatch.setattr(Registry, "_list", faulty)
+    monkeypatch.setattr(module.aioredis, "Redis", Faulty)
+    async with joined(valkey) as worker, joined(valkey) as router:
+        router.watch(watcher, relist_s=0.05)
+        worker.register(RECORD)
+        assert await watcher.until(bool) == {RECORD.worker_id: RECORD}
+    assert bugs["list"] < 0
+    assert Faulty.broken < 0
 
 
 async def test_the_last_known_fleet_stays_while_the_server_is_away_and_until_workers_are_back(

@@ -14,7 +14,7 @@ from baton.core.errors import ConfigError
 from baton.v1 import worker_pb2, worker_pb2_grpc
 from baton.wire.channels import open_channel
 from baton.wire.interceptors import ErrorInterceptor
-from baton.wire.server import BETWEEN_SERVICES, Limits, add_health_and_reflection, bind, build_server, serve_until
+from baton.wire.server import BETWEEN_SERVICES, Limits, add_health_and_reflection, bind, build_server
 from baton.wire.tls import ClientTls, ServerTls
 
 SERVICE = "baton.v1.WorkerService"
@@ -61,39 +61,6 @@ async def test_reflection_lists_the_services() -> None:
         names = {service.name for service in (await call.read()).list_services_response.service}
     await server.stop(None)
     assert {SERVICE, "grpc.health.v1.Health"} <= names
-
-
-async def test_stopping_lets_open_calls_finish_and_says_so_in_health() -> None:
-    server = build_server([ErrorInterceptor()])
-    worker, stop = Worker(), asyncio.Event()
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server)
-    health = await add_health_and_reflection(server, [SERVICE])
-    address = bind(server, "127.0.0.1", 0)
-    await health.set_serving(True)
-    serving = asyncio.create_task(serve_until(server, stop, health, grace_s=30))
-    async with open_channel(address) as channel, asyncio.timeout(20):
-        call = worker_pb2_grpc.WorkerServiceStub(channel).Drain(worker_pb2.DrainRequest(), wait_for_ready=True)
-        await worker.called.wait()
-        stop.set()
-        worker.answer.set()
-        assert (await call).drained
-        await serving
-    assert not health.serving
-
-
-async def test_stopping_ends_calls_that_outlast_the_grace() -> None:
-    server = build_server([ErrorInterceptor()])
-    worker, stop = Worker(), asyncio.Event()
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server)
-    health = await add_health_and_reflection(server, [SERVICE])
-    address = bind(server, "127.0.0.1", 0)
-    serving = asyncio.create_task(serve_until(server, stop, health, grace_s=0.05))
-    async with open_channel(address) as channel, asyncio.timeout(20):
-        call = worker_pb2_grpc.WorkerServiceStub(channel).Drain(worker_pb2.DrainRequest(), wait_for_ready=True)
-        await worker.called.wait()
-        stop.set()
-        assert await call.code() is not grpc.StatusCode.OK
-        await serving
 
 
 async def test_a_port_that_is_taken_is_a_config_error() -> None:
@@ -165,6 +132,19 @@ async def test_tls_serves_those_who_trust_it_and_mutual_tls_those_it_trusts(cert
             call = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
             assert await call.code() is grpc.StatusCode.UNAVAILABLE
         await server.stop(None)
+
+
+def test_a_certificate_with_another_s_key_is_a_config_error(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    openssl = shutil.which("openssl")
+    assert openssl
+    other, locked = tmp_path / "other.pem", tmp_path / "locked.pem"
+    subprocess.run([openssl, "genrsa", "-out", other, "2048"], check=True, capture_output=True)
+    subprocess.run(
+        [openssl, "genrsa", "-aes128", "-passout", "pass:x", "-out", locked, "2048"], check=True, capture_output=True
+    )
+    for key in (other, locked):
+        with pytest.raises(ConfigError, match="can't be used"):
+            ServerTls.from_files(certificate[0], key)
 
 
 def test_tls_files_that_are_missing_or_no_pem_are_config_errors(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Lending and landing against each other over loopback, driven at random, with canaries in the blocks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -283,6 +284,29 @@ def test_blocks_that_a_pull_still_writes_stay_held_after_an_abort(sides: tuple[S
     assert reader.ledger.held_count == 0
 
 
+def test_a_block_that_two_pieces_bring_is_committed_when_both_have_ended(sides: tuple[Side, Side]) -> None:
+    source, reader = sides
+    landing = landing_of(reader)
+    key, blocks = SequenceId("a/0"), source.ledger.allocate(2)
+    ticket = landing.reserve(key, TicketId("t"), reader.ledger.allocate(2), [0, 1], 0.0)
+    for indices in ((0,), (0, 1)):  # no source of ours does that
+        lending = lending_of(source)
+        lending.open(key, replace(ticket, wanted=indices))
+        lending.announce(key, blocks, 2, 0.0, first_token=3)
+    source.crank.run()
+    for delivery in reader.inbox.drain():
+        landing.accept(delivery, 0.0)
+    first, second = reader.crank.begin(), reader.crank.begin()
+    assert first is not None
+    assert second is not None
+    second()
+    assert landing.poll(0.0) == []
+    first()
+    assert [type(news) for news in landing.poll(0.0)] == [Landed]
+    reader.ledger.release(landing.commit(ticket.ticket_id))
+    assert reader.ledger.held_count == 0
+
+
 def test_a_damaged_block_fails_the_sequence_as_retryable(sides: tuple[Side, Side]) -> None:
     source, reader = sides
     landing, lending = landing_of(reader), lending_of(source)
@@ -312,9 +336,22 @@ def test_a_reader_that_never_answers_loses_its_loan_when_the_lease_ends(sides: t
     lending.announce(key, blocks, 1, 0.0, first_token=3)
     source.ledger.release(blocks)
     source.crank.run()
+    assert lending.poll(0.0) == []
     assert lending.poll(LEASE_S - 1) == []
     assert lending.next_deadline() == LEASE_S
     (failure,) = lending.poll(LEASE_S)
     assert failure.error.code == "LeaseExpired"
     assert source.ledger.held_count == 0
     assert source.transport.living() == 0
+
+
+def test_a_lease_begins_anew_when_a_slow_announcement_has_arrived(sides: tuple[Side, Side]) -> None:
+    source, reader = sides
+    landing, lending = landing_of(reader), lending_of(source)
+    key, blocks = SequenceId("a/0"), source.ledger.allocate(1)
+    lending.open(key, landing.reserve(key, TicketId("t"), reader.ledger.allocate(1), [0], 0.0))
+    lending.announce(key, blocks, 1, 0.0, first_token=3)
+    assert lending.next_deadline() == LEASE_S
+    source.crank.run()
+    assert lending.poll(LEASE_S - 1) == []
+    assert lending.next_deadline() == 2 * LEASE_S - 1

@@ -7,6 +7,7 @@ import pytest
 from baton.core.frames import Release
 from baton.core.request import EndReason
 from baton.observe import names
+from baton.wire.codec import frame_from_bytes
 from baton.worker.records import Kind
 from baton.worker.ring import RingFull
 
@@ -133,6 +134,37 @@ def test_after_a_storm_of_cancels_and_lost_links_nothing_is_held(tmp_path: Path)
     pair.close()
 
 
+def test_two_routers_whose_orders_differ_cannot_make_the_workers_wait_for_each_other(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, prefill_blocks=5, decode_blocks=6)  # room for one each
+    one, other = prompt_of(1, 70), prompt_of(2, 70)
+    first, second = pair.request("a", one, 10), pair.request("b", other, 10)
+    pair.p.send(first, link=1)
+    pair.p.send(second, link=2)
+    pair.p.loop.turn()
+    pair.d.send(second, link=2)
+    pair.d.send(first, link=1)
+    pair.settle()
+    assert pair.seen[first.sequence_id].answer == answer(one, 10)
+    assert pair.seen[second.sequence_id].answer == answer(other, 10)
+    pair.assert_clean()
+    pair.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_the_order_of_many_routers_all_answers_come(tmp_path: Path, seed: int) -> None:
+    pair, dice = Pair(tmp_path, prefill_blocks=40, decode_blocks=14), random.Random(seed)
+    requests = [pair.request(f"r{i}", prompt_of(i, dice.randint(1, 200)), dice.randint(2, 20)) for i in range(16)]
+    for worker in (pair.p, pair.d):
+        for i, request in dice.sample(list(enumerate(requests)), len(requests)):
+            worker.send(request, link=i)
+        pair.p.loop.turn()
+    pair.settle()
+    for request in requests:
+        assert pair.seen[request.sequence_id].answer == answer(request.prompt, request.sampling.max_tokens)
+    pair.assert_clean()
+    pair.close()
+
+
 def test_a_full_ring_loses_no_frame_and_stops_no_step(pair: Pair) -> None:
     prompt = prompt_of(5, 30)
     key = pair.admit("a", prompt, 60)
@@ -216,6 +248,28 @@ def test_admitting_twice_changes_nothing(pair: Pair) -> None:
     pair.settle()
     assert pair.seen[key].ticket == first
     assert pair.seen[key].answer == answer(prompt, 6)
+    pair.assert_clean()
+
+
+def test_another_routers_request_of_the_same_id_is_refused_and_the_first_goes_on(pair: Pair) -> None:
+    prompt = prompt_of(8, 40)
+    request = pair.request("a", prompt, 6)
+    pair.p.send(request, link=1)
+    pair.d.send(request, link=1)
+    pair.p.send(request, link=2)
+    pair.d.send(request, link=2)
+    refused = []
+    for worker in (pair.p, pair.d):
+        worker.loop.turn()
+        records = [record for record in worker.heard() if record.kind is Kind.FRAME]
+        refused += [ended for r in records if r.number == 2 for ended in frame_from_bytes(r.body).ended]
+        for record in records:
+            if record.number == 1:
+                pair.take(worker, record)
+    assert [ended.error_code for ended in refused] == ["RequestConflict", "RequestConflict"]
+    pair.release(request.sequence_id, link=2)  # as a router does with whatever failed; it is not its to end
+    pair.settle()
+    assert pair.seen[request.sequence_id].answer == answer(prompt, 6)
     pair.assert_clean()
 
 

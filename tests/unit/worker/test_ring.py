@@ -61,6 +61,14 @@ def test_only_the_owner_may_open_its_files(tmp_path: Path) -> None:
         assert stat.S_IMODE((tmp_path / "rings").stat().st_mode) == 0o700
 
 
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rings").mkdir()
+    (tmp_path / "rings").chmod(0o777)
+    with pytest.raises(PermissionError, match="by others"):
+        RingPair.for_rank(tmp_path / "rings", "w.1")
+    assert list((tmp_path / "rings").iterdir()) == []
+
+
 def test_nothing_stays_behind_when_the_service_has_opened_it(tmp_path: Path) -> None:
     with RingPair.for_rank(tmp_path, "w.1") as rank, RingPair.for_service(tmp_path, "w.1") as service:
         service.unlink()

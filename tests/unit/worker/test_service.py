@@ -193,6 +193,14 @@ async def test_a_link_begins_with_hello_and_with_the_token(pair: tuple[Running, 
         assert await stranger.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
+async def test_a_link_on_which_nothing_is_said_is_closed(
+    pair: tuple[Running, Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("baton.worker.service._HELLO_S", 0.01)
+    async with grpc.aio.insecure_channel(pair[0].address) as channel:
+        assert await Link(channel).call.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 _RANK = """
 import sys, time
 from pathlib import Path
