@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from ..client import ChatMessage, InferenceClient, Message, NoAnswer, Sampling
 from ..core.errors import BatonError, ConfigError, Unavailable
-from .cli import DEFAULT_ADDRESS
+from .config import DEFAULT_ADDRESS
 
 
 def generate(arguments: argparse.Namespace) -> int:

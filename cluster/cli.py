@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..core.errors import BatonError
-from .config import SETTINGS, find_file, load
+from .config import DEFAULT_ADDRESS, SETTINGS, find_file, load
 
 EXIT_MISTAKE = 2  # the person mends something; the message says what
-DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 _DESCRIPTION = """\
 Serves large language models with prefill and decode on different workers.

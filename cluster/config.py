@@ -13,6 +13,7 @@ from ..core.errors import ConfigError
 from .units import parse_choice, parse_int, parse_port, parse_size, parse_text
 
 BUNDLED_MODEL = "baton-docs-6m"
+DEFAULT_ADDRESS = "127.0.0.1:50051"  # of the router, where a cluster is asked
 DEFAULT_FILE = "baton.yaml"
 PREFIX = "BATON_"
 # Variables that other commands and processes of ours read.

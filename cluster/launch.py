@@ -5,6 +5,7 @@
 Redis and the router start while Ray does; the workers of all gangs start at once.
 """
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -32,6 +33,8 @@ from .tail import Tail
 _TICK_S = 0.1
 _SWEEP_S = 5.0
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # a folder of ours with mode 0700 is made in it
+_PREFIX = "baton-"
+_ALIVE = "alive"  # a file of the run's folder, locked as long as its `baton serve` lives
 _SOCKET_PATH_MOST = 40  # of the run's folder: Ray's sockets lie 65 characters deeper, the kernel takes 107
 
 
@@ -198,16 +201,33 @@ class Signals:
 
 @contextmanager
 def _folders() -> Iterator[Folders]:
-    base = tempfile.gettempdir()
-    run = Path(tempfile.mkdtemp(prefix="baton-", dir=base if len(base) < _SOCKET_PATH_MOST - 16 else "/tmp"))  # noqa: S108
-    shared = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else run
-    folders = Folders(run, run / "logs", run / "rings" if shared == run else shared / run.name)
+    base = Path(tempfile.gettempdir())
+    if len(str(base)) >= _SOCKET_PATH_MOST - 16:
+        base = Path("/tmp")  # noqa: S108
+    _remove_orphans(base)
+    folders = _folders_of(Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base)))
     folders.logs.mkdir()
     folders.rings.mkdir(mode=0o700)
-    try:
-        yield folders
-    finally:
-        _remove(folders)
+    with (folders.run / _ALIVE).open("w") as alive:
+        fcntl.flock(alive, fcntl.LOCK_EX)  # until this process ends, however it ends
+        try:
+            yield folders
+        finally:
+            _remove(folders)
+
+
+def _folders_of(run: Path) -> Folders:
+    shared = os.access(_SHARED_MEMORY, os.W_OK)
+    return Folders(run, run / "logs", _SHARED_MEMORY / run.name if shared else run / "rings")
+
+
+def _remove_orphans(base: Path) -> None:
+    """Folders of runs that were killed before they could remove them: nobody holds their lock any more."""
+    for lock in base.glob(f"{_PREFIX}*/{_ALIVE}"):
+        with suppress(OSError), lock.open("rb") as alive:  # it runs, it is another user's, or just gone
+            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.parent.lstat().st_uid == os.geteuid():
+                _remove(_folders_of(lock.parent))
 
 
 def _remove(folders: Folders) -> None:

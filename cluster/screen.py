@@ -4,8 +4,7 @@ lines elsewhere."""
 import sys
 from typing import TextIO
 
-from .cli import DEFAULT_ADDRESS
-from .config import ServeConfig
+from .config import DEFAULT_ADDRESS, ServeConfig
 
 _BAR = 24
 _THIS_MACHINE = ("127.0.0.1", "::1", "localhost")

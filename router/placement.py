@@ -47,7 +47,7 @@ class Need:
 
     def blocks(self, block_tokens: int) -> int:
         """Blocks that prompt and answer fill."""
-        return -(-(self.prompt_tokens + self.max_tokens) // block_tokens)
+        return -(-(self.prompt_tokens + self.max_tokens - 1) // block_tokens)  # the last token's KV is never written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

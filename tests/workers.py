@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from baton.core.frames import Command, HandOver, LedgerDump, Release, WorkerStatus
+from baton.core.frames import Command, HandOver, LedgerDump, Release, Report, WorkerStatus
 from baton.core.ids import Epoch, SequenceId, WorkerId
 from baton.core.request import Ended, EndReason, Load, Request, Sampling
 from baton.core.tickets import Ticket
@@ -158,6 +158,7 @@ class Pair:
         self.d = Worker(folder, hub, "D", fake_engine(decode_blocks), self.clock, max_waiting=max_waiting)
         self.seen: dict[SequenceId, Seen] = defaultdict(Seen)
         self.parts: list[str] = []
+        self.reports: dict[str, Report] = {}  # the last of each worker
         self.frames = 0
 
     def admit(
@@ -213,7 +214,8 @@ class Pair:
         """What a router does with one record; False: it says nothing of a sequence."""
         name = "P" if worker is self.p else "D"
         if record.kind is Kind.REPORT:
-            self.parts += [part.name for part in report_from_bytes(record.body).parts]
+            self.reports[name] = report_from_bytes(record.body)
+            self.parts += [part.name for part in self.reports[name].parts]
         if record.kind is not Kind.FRAME:
             return False
         frame = frame_from_bytes(record.body)

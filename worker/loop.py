@@ -163,9 +163,9 @@ class StepLoop:
                 del self._answers[0]
         except RingFull:
             return False
+        self._reporter.gauges(state.load, self._ledger.cached_count, self._ledger.held_count)
         if self._reporter.due(now):
-            ledger, lent = self._ledger, len(self._role.survey().lent())
-            self._reporter.flush(now, state.load, ledger.cached_count, ledger.held_count, lent)
+            self._reporter.flush(now, len(self._role.survey().lent()))
         return True
 
     def _sleep(self, sent: bool) -> None:

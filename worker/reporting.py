@@ -29,6 +29,7 @@ class Reporter:
         self._tokens = self._prefill_tokens = self._cached_tokens = 0
         self._moved: list[Moved] = []
         self._recent: deque[Moved] = deque(maxlen=_RATE_PIECES)
+        self._gauges = self._told = (Load(), 0, 0)
         self._due = 0.0
         self.steps = 0
 
@@ -65,12 +66,17 @@ class Reporter:
         nanoseconds = sum(one.end_ns - one.start_ns for one in self._recent)
         return sum(one.num_bytes for one in self._recent) / nanoseconds if nanoseconds else 0.0
 
+    def gauges(self, load: Load, cached_blocks: int, held_blocks: int) -> None:
+        """How things stand. A change is told as counts are, so that the metrics are right also when nothing runs."""
+        self._gauges = (load, cached_blocks, held_blocks)
+
     def due(self, now: float) -> bool:
         """Parts go at once, counts alone now and then."""
         return bool(self._parts) or (self.pending() and now >= self._due)
 
-    def flush(self, now: float, load: Load, cached_blocks: int, held_blocks: int, lent_blocks: int) -> None:
+    def flush(self, now: float, lent_blocks: int) -> None:
         """Send a report. While the ring is full it waits for a later step."""
+        load, cached_blocks, held_blocks = self._gauges
         report = Report(
             parts=tuple(self._parts),
             batch_sizes=tuple(size for size, _ in self._steps),
@@ -91,13 +97,14 @@ class Reporter:
         except RingFull:
             return
         self._due = now + _QUIET_S
+        self._told = self._gauges
         self._parts.clear()
         self._steps.clear()
         self._moved.clear()
         self._tokens = self._prefill_tokens = self._cached_tokens = 0
 
     def pending(self) -> bool:
-        return bool(self._parts or self._steps or self._moved)
+        return bool(self._parts or self._steps or self._moved) or self._gauges != self._told
 
 
 def transfer_attributes(moved: list[Moved], transport: str, ticket_id: str) -> Attributes:

@@ -118,4 +118,4 @@ def test_a_placement_is_always_one_that_can_work(workers: list[WorkerView], prom
     assert reader.role is Role.DECODE
     assert not reader.draining
     assert reader.fingerprint == source.fingerprint
-    assert reader.free_blocks * 16 >= prompt + max_tokens
+    assert reader.free_blocks * 16 >= prompt + max_tokens - 1

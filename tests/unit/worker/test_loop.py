@@ -316,6 +316,19 @@ def test_every_part_of_a_sequence_is_reported_for_its_trace(pair: Pair) -> None:
     )
 
 
+def test_the_last_report_says_how_things_stand_when_nothing_runs_any_more(pair: Pair) -> None:
+    key = pair.admit("a", prompt_of(1, 40), 20)
+    for _ in range(12):
+        pair.turn()
+    pair.release(key)
+    for _ in range(4):
+        pair.turn()
+        pair.clock.now += 1.0
+    for report in (pair.reports["P"], pair.reports["D"]):
+        assert (report.held_blocks, report.lent_blocks, report.load.running, report.load.waiting) == (0, 0, 0, 0)
+        assert report.load.free_blocks == report.load.total_blocks
+
+
 def test_a_token_beyond_the_vocabulary_ends_its_request_alone(pair: Pair) -> None:
     bad = pair.admit("a", [1, 97], 5)
     good = pair.admit("b", [1, 96], 5)
