@@ -1,5 +1,6 @@
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -317,10 +318,14 @@ def test_every_part_of_a_sequence_is_reported_for_its_trace(pair: Pair) -> None:
 
 
 def test_the_last_report_says_how_things_stand_when_nothing_runs_any_more(pair: Pair) -> None:
-    key = pair.admit("a", prompt_of(1, 40), 20)
+    request = replace(pair.request("a", prompt_of(1, 40), 20), traceparent="")  # no span makes a report go out
+    for worker in (pair.p, pair.d):
+        worker.send(request)
     for _ in range(12):
         pair.turn()
-    pair.release(key)
+        pair.clock.now += 1.0
+    assert pair.reports["D"].held_blocks > 0
+    pair.release(request.sequence_id)
     for _ in range(4):
         pair.turn()
         pair.clock.now += 1.0
