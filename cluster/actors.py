@@ -17,11 +17,10 @@ from ..core.tickets import Piece
 from ..observe import logs
 from ..worker.config import WorkerConfig
 from ..worker.records import Progress
+from .memory_plan import GPU_WORKSPACE, kv_room, usable_bytes
 from .screen import bar
 from .units import format_size
 
-_GPU_SHARE = 0.9  # of its part of a GPU that a worker takes; the rest is the context's and the kernels' workspaces
-_GPU_WORKSPACE = 1 << 30
 _GPU_LEAST = 64 << 20
 
 
@@ -100,12 +99,12 @@ def gpu_kv_bytes(share: float, weight_bytes: int) -> int:
     import torch  # noqa: PLC0415
 
     free, total = torch.cuda.mem_get_info()
-    part = min(free, int(total * share * _GPU_SHARE))
-    left = part - weight_bytes - _GPU_WORKSPACE
+    part = min(free, usable_bytes(total, share))
+    left = kv_room(part, weight_bytes)
     if left < _GPU_LEAST:
         raise ConfigError(
             f"Not enough GPU memory: {format_size(part)} of {format_size(total)} are this worker's, less "
-            f"{format_size(weight_bytes)} weights and {format_size(_GPU_WORKSPACE)} workspace leaves "
+            f"{format_size(weight_bytes)} weights and {format_size(GPU_WORKSPACE)} workspace leaves "
             f"{format_size(max(0, left))} for KV: choose a smaller model, or fewer workers per GPU."
         )
     return left

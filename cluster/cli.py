@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..core.errors import BatonError
 from .config import DEFAULT_ADDRESS, SETTINGS, find_file, load
+from .memory_plan import GPUS
 
 EXIT_MISTAKE = 2  # the person mends something; the message says what
 
@@ -41,6 +42,22 @@ A conversation in the terminal, by the model's own chat template. Ctrl-D or /qui
 examples:
   baton chat
   baton chat --system "Answer in one sentence." --temperature 0.7
+"""
+_PLAN = """\
+Answers what a model would need, before anything is bought, downloaded or started.
+
+examples:
+  baton plan memory ./my-llama
+"""
+_PLAN_MEMORY = """\
+Counts weights and KV cache of a model from its config.json, and how many sequences fit on which GPU, line by line.
+Neither weights nor a GPU are needed; where weights are there, their files say how many they are. 0 sequences is an
+answer, too: the exit status says only whether it could be worked out.
+
+examples:
+  baton plan memory ./Llama-3.1-8B --context 8192
+  baton plan memory ./Llama-3.1-70B/config.json --gpu h200 --tp 4 --kv-dtype fp8
+  baton plan memory ./Qwen3-0.6B --memory 12GiB --max-model-len 4096
 """
 
 
@@ -94,7 +111,37 @@ def _parser() -> argparse.ArgumentParser:
     models = command("models", "list the models that are served", "Lists the models that the router serves.")
     _add_address(models)
     models.set_defaults(run=_models)
+
+    plan = command("plan", "work out what a model needs", _PLAN)
+    questions = plan.add_subparsers(title="questions", metavar="QUESTION", required=True)
+    memory = questions.add_parser(
+        "memory",
+        help="how much memory, and how many sequences fit",
+        description=_PLAN_MEMORY,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    _add_memory(memory)
+    memory.set_defaults(run=_plan_memory)
     return parser
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    """Texts: what they stand for is checked by the command, as settings are."""
+    parser.add_argument("model", metavar="MODEL", help="directory with a config.json, or that file itself")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--gpu", metavar="GPU", help=f"one of {', '.join(GPUS)} (default: a table of all)")
+    where.add_argument("--memory", metavar="SIZE", help="memory of each GPU instead, as CUDA counts it, e.g. 80GiB")
+    parser.add_argument("--tp", metavar="N", help="tensor-parallel ranks, a GPU each (default: 1)")
+    parser.add_argument("--dtype", metavar="DTYPE", help="of the weights: auto (the model's), bfloat16 or float32")
+    parser.add_argument(
+        "--kv-dtype", metavar="DTYPE", help="of the KV cache: auto (as weights), bfloat16, float32, fp8"
+    )
+    parser.add_argument(
+        "--max-model-len", metavar="N", help="tokens a sequence may have (default: what the model allows)"
+    )
+    parser.add_argument("--context", metavar="TOKENS", help="tokens each sequence does have (default: the most)")
+    parser.add_argument("--block-tokens", metavar="N", help="tokens of one KV block, a multiple of 16 (default: 16)")
 
 
 def _add_address(parser: argparse.ArgumentParser) -> None:
@@ -150,6 +197,12 @@ def _models(arguments: argparse.Namespace) -> int:
     from . import ask  # noqa: PLC0415
 
     return ask.models(arguments)
+
+
+def _plan_memory(arguments: argparse.Namespace) -> int:
+    from . import memory_report  # noqa: PLC0415
+
+    return memory_report.run(arguments)
 
 
 def _version() -> str:

@@ -1,14 +1,17 @@
 """What can be known to go wrong before anything starts: ports, memory, the model's kind. Each error is one line."""
 
 import importlib.util
-import json
 import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import ConfigError
+from . import memory_plan
+from .checkpoint import read_json, weight_files
 from .config import ServeConfig
+from .memory_plan import WIDTHS
+from .model_shape import read_attention, stored_dtype
 from .units import format_size
 
 _PROCESS_BYTES = 450 << 20  # a worker without weights and KV: interpreter, torch, gRPC (measured: 280 + 120 MiB)
@@ -16,7 +19,6 @@ _BASE_BYTES = 900 << 20  # Ray, router, Redis (measured: 670 + 150 MiB)
 _KV_SHARE = 0.25  # of free memory, for all workers together, when nobody says how much
 _KV_MOST = 1 << 30
 _KV_LEAST = 64 << 20
-_WIDTH = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,37 +65,28 @@ def check_ports(config: ServeConfig) -> None:
 def measure_model(directory: Path, dtype: str) -> ModelSize:
     """Read config.json and the sizes of the weights. Raises ConfigError for what is not a decoder-only checkpoint."""
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        heads = int(config["num_attention_heads"])
-        head_size = int(config.get("head_dim") or config["hidden_size"] // heads)
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        layers = int(config["num_hidden_layers"])
+        config = read_json(directory / "config.json")
+        attention = read_attention(config)
         longest = int(config["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ConfigError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).rstrip(".") if isinstance(error, ConfigError) else repr(error)
         raise ConfigError(
-            f"{directory / 'config.json'} is not that of a Llama, Mistral or Qwen checkpoint: {error!r}."
+            f"{directory / 'config.json'} is not that of a Llama, Mistral or Qwen checkpoint: {reason}."
         ) from None
-    stored = str(config.get("torch_dtype") or config.get("dtype") or "float32")
-    runs = stored if dtype == "auto" and stored in _WIDTH else "bfloat16" if dtype == "auto" else dtype
-    on_disk = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    weights = on_disk * _WIDTH[runs] // _WIDTH.get(stored, 2)
+    stored = stored_dtype(config)
+    runs = memory_plan.run_dtype(dtype, stored)
+    on_disk = sum(path.stat().st_size for path in weight_files(directory) if path.is_file())
     return ModelSize(
         max_position_embeddings=longest,
         dtype=runs,
-        weight_bytes=weights,
-        kv_bytes_per_token=layers * 2 * kv_heads * head_size * _WIDTH[runs],
+        weight_bytes=on_disk * WIDTHS[runs] // WIDTHS.get(stored, 2),
+        kv_bytes_per_token=memory_plan.kv_bytes_per_token(attention, runs),
     )
 
 
 def settle_context(config: ServeConfig, size: ModelSize) -> int:
     """Tokens of prompt and answer together. Raises ConfigError when more is asked for than the model knows."""
-    if config.max_model_len is None:
-        return size.max_position_embeddings
-    if config.max_model_len > size.max_position_embeddings:
-        raise ConfigError(
-            f"--max-model-len is {config.max_model_len}: the model was made for at most {size.max_position_embeddings}."
-        )
-    return config.max_model_len
+    return memory_plan.settle_context(config.max_model_len, size.max_position_embeddings)
 
 
 def settle_kv_bytes(config: ServeConfig, size: ModelSize, context: int, free_bytes: int) -> int:

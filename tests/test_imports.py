@@ -122,8 +122,10 @@ def test_transformers_can_be_imported_with_the_repository_first_on_the_path() ->
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_help_loads_nothing_heavy() -> None:
-    loaded = loaded_by("import baton.cluster.cli as cli\ntry: cli.main(['serve', '--help'])\nexcept SystemExit: pass")
+@pytest.mark.parametrize("command", [["serve"], ["plan", "memory"]])
+def test_help_loads_nothing_heavy(command: list[str]) -> None:
+    ask = [*command, "--help"]
+    loaded = loaded_by(f"import baton.cluster.cli as cli\ntry: cli.main({ask})\nexcept SystemExit: pass")
     heavy = {"torch", "ray", "transformers", "numpy", "grpc", "google", "redis", "yaml", "huggingface_hub", "asyncio"}
     assert not loaded & heavy
 

@@ -31,10 +31,10 @@ def address(router: ScriptedRouter) -> Iterator[str]:
         server.stop(0).wait()
 
 
-@pytest.mark.parametrize("command", ["", "serve", "generate", "chat", "status", "models"])
+@pytest.mark.parametrize("command", ["", "serve", "generate", "chat", "status", "models", "plan", "plan memory"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main([*filter(None, [command]), "--help"])
+        cli.main([*command.split(), "--help"])
     assert ended.value.code == 0
     assert f"usage: baton {command}".strip() in capsys.readouterr().out
 
