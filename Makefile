@@ -11,7 +11,7 @@ ARGS ?=
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-setup: $(STAMP) ## make .venv and install everything (about 1.5 GB, two to three minutes)
+setup: $(STAMP) ## make .venv and install everything (1.7 to 5.5 GB, two to three minutes)
 
 $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Baton needs Python 3.11 or 3.12: install one, or say make PYTHON=/path/to/python3.12"; exit 1; }

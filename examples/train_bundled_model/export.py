@@ -78,6 +78,7 @@ def write_config(shape: Shape, ids: dict[str, int], folder: Path) -> None:
         do_sample=True,
         temperature=0.8,
         top_p=0.95,
+        max_new_tokens=256,  # it seldom ends by itself
     ).save_pretrained(folder)
 
 
