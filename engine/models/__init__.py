@@ -5,19 +5,21 @@ from pathlib import Path
 
 import torch
 
-from . import llama, mistral, qwen2, qwen3
+from . import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from .config import ModelConfig
-from .decoder import Model, ReadAttention, read_model
+from .decoder import Model, ReadAttention, ReadFeedForward, read_mlp, read_model
 from .safetensors_file import SafetensorsDir
 from .weights import Weights
 
 __all__ = ["Model", "ModelConfig", "load_model"]
 
-_FAMILIES: dict[str, ReadAttention] = {
-    "llama": llama.read_attention,
-    "mistral": mistral.read_attention,
-    "qwen2": qwen2.read_attention,
-    "qwen3": qwen3.read_attention,
+_FAMILIES: dict[str, tuple[ReadAttention, ReadFeedForward]] = {
+    "llama": (llama.read_attention, read_mlp),
+    "mistral": (mistral.read_attention, read_mlp),
+    "mixtral": (mistral.read_attention, mixtral.read_feed_forward),
+    "qwen2": (qwen2.read_attention, read_mlp),
+    "qwen3": (qwen3.read_attention, read_mlp),
+    "qwen3_moe": (qwen3.read_attention, qwen3_moe.read_feed_forward),
 }
 
 
@@ -35,4 +37,4 @@ def load_model(
     the configuration says. Raises ValueError where files and configuration do not fit each other.
     """
     weights = Weights(SafetensorsDir(path), dtype, device, progress)
-    return read_model(weights, config, num_positions or config.max_position_embeddings, _FAMILIES[config.architecture])
+    return read_model(weights, config, num_positions or config.max_position_embeddings, *_FAMILIES[config.architecture])

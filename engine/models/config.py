@@ -13,11 +13,24 @@ from .safetensors_file import SafetensorsDir
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
-ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+ROPE_KINDS = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 _DEFAULT_ROPE_THETA = 10000.0
+# What a family's config.json may leave out and means otherwise than the others do.
+_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mixtral": {
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    },
+    "qwen3_moe": {"num_key_value_heads": 4},
+}
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
@@ -33,15 +46,27 @@ class RopeConfig:
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
-    attention_factor: float | None = None  # yarn; None: from mscale, else from factor
+    attention_factor: float | None = None  # yarn, longrope; None: from factor (and mscale)
     mscale: float = 0.0  # yarn
     mscale_all_dim: float = 0.0  # yarn
     truncate: bool = True  # yarn
+    short_factor: tuple[float, ...] = ()  # longrope: a divisor for each pair
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsConfig:
+    """A mixture of experts: how many there are, and which layers have them."""
+
+    count: int
+    per_token: int
+    intermediate_size: int  # of each
+    normalise: bool  # the shares of a token's experts sum to one
+    layers: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """One dense decoder of the Llama kind."""
+    """One decoder of the Llama kind."""
 
     architecture: str  # a value of ARCHITECTURES
     vocab_size: int
@@ -50,7 +75,8 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_size: int
-    intermediate_size: int
+    intermediate_size: int  # of dense feed-forward layers
+    experts: ExpertsConfig | None  # None: all layers are dense
     rms_norm_eps: float
     rope: RopeConfig
     max_position_embeddings: int
@@ -72,6 +98,7 @@ class ModelConfig:
         if raw is None:
             raise ValueError(f"{path} has no config.json")
         architecture = _architecture(raw)
+        raw = _FAMILY_DEFAULTS.get(architecture, {}) | raw
         _refuse_unsupported(raw)
         hidden_size, num_heads = _int(raw, "hidden_size"), _int(raw, "num_attention_heads")
         num_kv_heads = raw.get("num_key_value_heads") or num_heads
@@ -89,8 +116,9 @@ class ModelConfig:
             num_kv_heads=num_kv_heads,
             head_size=head_size,
             intermediate_size=_int(raw, "intermediate_size"),
+            experts=_experts(raw, architecture, num_layers),
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope=_rope(raw),
+            rope=_rope(raw, head_size),
             max_position_embeddings=_int(raw, "max_position_embeddings"),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             attention_bias=bias,
@@ -124,7 +152,7 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         raise ValueError("config.json: pretraining_tp other than 1 is not supported")
 
 
-def _rope(raw: dict[str, Any]) -> RopeConfig:
+def _rope(raw: dict[str, Any], head_size: int) -> RopeConfig:
     """From `rope_parameters` (transformers 5), else from `rope_theta` and `rope_scaling` (before)."""
     given = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
     kind = given.get("rope_type") or given.get("type") or "default"
@@ -133,14 +161,19 @@ def _rope(raw: dict[str, Any]) -> RopeConfig:
     if (given.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ValueError("config.json: partial_rotary_factor is not supported")
     theta = given.get("rope_theta") or raw.get("rope_theta") or _DEFAULT_ROPE_THETA
-    original = given.get("original_max_position_embeddings") or _int(raw, "max_position_embeddings")
+    longest = _int(raw, "max_position_embeddings")
+    original = raw.get("original_max_position_embeddings") or given.get("original_max_position_embeddings") or longest
     known = {name: given[name] for name in RopeConfig.__dataclass_fields__ if given.get(name) is not None}
     if kind == "default":
         return RopeConfig(theta=float(theta))
-    if kind == "yarn" and "factor" not in known:
-        known["factor"] = _int(raw, "max_position_embeddings") / original
+    if kind in ("yarn", "longrope") and "factor" not in known:
+        known["factor"] = longest / original
     if "factor" not in known:
         raise ValueError(f"config.json: rope type {kind} needs a factor")
+    if kind == "dynamic":
+        original = longest  # what transformers stretches from, whatever else is written there
+    if kind == "longrope":
+        known["short_factor"] = _numbers(known.get("short_factor"), head_size // 2, "short_factor")
     known |= {"theta": float(theta), "kind": kind, "original_max_position_embeddings": int(original)}
     return RopeConfig(**known)
 
@@ -151,7 +184,7 @@ def _windows(raw: dict[str, Any], architecture: str, num_layers: int) -> tuple[i
         window = None
     if architecture == "llama" or window is None:
         return (None,) * num_layers
-    if architecture == "mistral":
+    if architecture in ("mistral", "mixtral", "qwen3_moe"):
         return (window,) * num_layers
     kinds = raw.get("layer_types")
     if kinds is None:
@@ -160,6 +193,26 @@ def _windows(raw: dict[str, Any], architecture: str, num_layers: int) -> tuple[i
     if len(kinds) != num_layers:
         raise ValueError(f"config.json: {len(kinds)} layer_types for {num_layers} layers")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _experts(raw: dict[str, Any], architecture: str, num_layers: int) -> ExpertsConfig | None:
+    if architecture == "mixtral":
+        count, size, normalise = _int(raw, "num_local_experts"), _int(raw, "intermediate_size"), True
+        layers = frozenset(range(num_layers))
+    elif architecture == "qwen3_moe":
+        count = _int(raw, "num_experts" if "num_experts" in raw else "num_local_experts")  # as published; as saved now
+        size, normalise = _int(raw, "moe_intermediate_size"), bool(raw.get("norm_topk_prob", False))
+        step = _int(raw, "decoder_sparse_step") if "decoder_sparse_step" in raw else 1
+        dense = raw.get("mlp_only_layers") or []
+        if not isinstance(dense, list):
+            raise ValueError(f"config.json: mlp_only_layers must be a list of layers, not {dense!r}")
+        layers = frozenset(layer for layer in range(num_layers) if (layer + 1) % step == 0 and layer not in dense)
+    else:
+        return None
+    per_token = _int(raw, "num_experts_per_tok")
+    if per_token > count:
+        raise ValueError(f"config.json: {per_token} experts for each token, of {count}")
+    return ExpertsConfig(count=count, per_token=per_token, intermediate_size=size, normalise=normalise, layers=layers)
 
 
 def _dtype(raw: dict[str, Any]) -> torch.dtype:
@@ -186,6 +239,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     return found
+
+
+def _numbers(value: Any, count: int, name: str) -> tuple[float, ...]:
+    if not isinstance(value, list) or len(value) != count or not all(isinstance(x, int | float) for x in value):
+        raise ValueError(f"config.json: {name} must be a list of {count} numbers")
+    return tuple(map(float, value))
 
 
 def _int(raw: dict[str, Any], name: str) -> int:

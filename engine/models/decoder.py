@@ -8,11 +8,12 @@ from torch import Tensor
 
 from ..batch import Batch
 from .config import ModelConfig
-from .layers import Attention, DecoderLayer, Linear, Mlp, Norm, Step
+from .layers import Attention, DecoderLayer, Experts, Linear, Mlp, Norm, Step
 from .rope import rope_tables
 from .weights import Weights
 
 ReadAttention = Callable[[Weights, ModelConfig, int], Attention]
+ReadFeedForward = Callable[[Weights, ModelConfig, int], Mlp | Experts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +48,23 @@ class Model:
         return self.head(self.norm(stream))
 
 
-def read_model(weights: Weights, config: ModelConfig, num_positions: int, read_attention: ReadAttention) -> Model:
-    """Everything but the attention has the same names in all families."""
+def read_model(
+    weights: Weights,
+    config: ModelConfig,
+    num_positions: int,
+    read_attention: ReadAttention,
+    read_feed_forward: ReadFeedForward,
+) -> Model:
+    """Everything but attention and feed-forward has the same names in all families."""
+    cos, sin = rope_tables(config.rope, config.head_size, num_positions, weights.dtype)
     embedding = weights.read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-    layers = tuple(_read_layer(weights, config, layer, read_attention) for layer in range(config.num_layers))
+    layers = tuple(
+        _read_layer(weights, config, layer, read_attention(weights, config, layer), read_feed_forward)
+        for layer in range(config.num_layers)
+    )
     norm = Norm(weights.read("model.norm.weight", (config.hidden_size,)), config.rms_norm_eps)
     tied = config.tie_word_embeddings
     head = embedding if tied else weights.read("lm_head.weight", (config.vocab_size, config.hidden_size))
-    cos, sin = rope_tables(config.rope, config.head_size, num_positions, embedding.dtype)
     return Model(config, embedding, layers, norm, Linear.of(head), cos.to(embedding.device), sin.to(embedding.device))
 
 
@@ -74,24 +84,40 @@ def read_output(weights: Weights, config: ModelConfig, layer: int) -> Linear:
     return Linear.of(weight, weights.read(f"{name}.bias", (config.hidden_size,)) if config.output_bias else None)
 
 
-def _read_layer(weights: Weights, config: ModelConfig, layer: int, read_attention: ReadAttention) -> DecoderLayer:
+def read_mlp(weights: Weights, config: ModelConfig, layer: int) -> Mlp:
+    """One dense feed-forward layer."""
+    hidden, inner, prefix = config.hidden_size, config.intermediate_size, f"model.layers.{layer}.mlp"
+    names, rows = [f"{prefix}.gate_proj", f"{prefix}.up_proj"], [inner, inner]
+    gate_up_bias = weights.stack([f"{name}.bias" for name in names], rows) if config.mlp_bias else None
+    down_bias = weights.read(f"{prefix}.down_proj.bias", (hidden,)) if config.mlp_bias else None
+    return Mlp(
+        Linear.of(weights.stack([f"{name}.weight" for name in names], rows, hidden), gate_up_bias),
+        Linear.of(weights.read(f"{prefix}.down_proj.weight", (hidden, inner)), down_bias),
+    )
+
+
+def read_experts(weights: Weights, config: ModelConfig, prefix: str, *, gate: str, up: str, down: str) -> Experts:
+    """One layer of experts; gate, up, down: how the family calls their matrices."""
+    assert config.experts is not None, "the configuration has no experts"
+    count, inner, hidden = config.experts.count, config.experts.intermediate_size, config.hidden_size
+    names = [f"{prefix}.experts.{expert}" for expert in range(count)]
+    return Experts(
+        router=Linear.of(weights.read(f"{prefix}.gate.weight", (count, hidden))),
+        gate_up=weights.pile([[f"{x}.{gate}.weight", f"{x}.{up}.weight"] for x in names], [inner, inner], hidden),
+        down=weights.pile([[f"{x}.{down}.weight"] for x in names], [hidden], inner),
+        top_k=config.experts.per_token,
+        normalise=config.experts.normalise,
+    )
+
+
+def _read_layer(
+    weights: Weights, config: ModelConfig, layer: int, attention: Attention, read_feed_forward: ReadFeedForward
+) -> DecoderLayer:
     prefix = f"model.layers.{layer}"
     hidden = (config.hidden_size,)
     return DecoderLayer(
         Norm(weights.read(f"{prefix}.input_layernorm.weight", hidden), config.rms_norm_eps),
-        read_attention(weights, config, layer),
+        attention,
         Norm(weights.read(f"{prefix}.post_attention_layernorm.weight", hidden), config.rms_norm_eps),
-        _read_mlp(weights, config, f"{prefix}.mlp"),
+        read_feed_forward(weights, config, layer),
     )
-
-
-def _read_mlp(weights: Weights, config: ModelConfig, prefix: str) -> Mlp:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    names = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
-    gate_up = weights.stack([f"{name}.weight" for name in names], [inner, inner], hidden)
-    down = weights.read(f"{prefix}.down_proj.weight", (hidden, inner))
-    if not config.mlp_bias:
-        return Mlp(Linear.of(gate_up), Linear.of(down))
-    gate_up_bias = weights.stack([f"{name}.bias" for name in names], [inner, inner])
-    down_bias = weights.read(f"{prefix}.down_proj.bias", (hidden,))
-    return Mlp(Linear.of(gate_up, gate_up_bias), Linear.of(down, down_bias))

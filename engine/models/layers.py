@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.activation import silu_gate
+from ...kernels.experts import mix_experts, route
 from ...kernels.linear import linear, pack_weight
 from ...kernels.norm import rms_norm
 from ...kernels.rotary import rotary
@@ -92,13 +93,28 @@ class Mlp:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """Many small feed-forward layers, of which a router picks a few for each token."""
+
+    router: Linear  # a logit for each expert
+    gate_up: Tensor  # [E, 2F, hidden], gate's rows, then up's
+    down: Tensor  # [E, hidden, F]
+    top_k: int
+    normalise: bool  # the shares of those picked sum to one
+
+    def __call__(self, x: Tensor) -> Tensor:
+        shares, chosen = route(self.router(x), self.top_k, self.normalise)
+        return mix_experts(x, self.gate_up, self.down, shares, chosen)
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderLayer:
     """Attention and feed-forward, each on the normalised stream and added to it."""
 
     input_norm: Norm
     attention: Attention
     post_attention_norm: Norm
-    mlp: Mlp
+    mlp: Mlp | Experts
 
     def __call__(self, stream: Tensor, step: Step) -> Tensor:
         """stream [T, hidden], changed in place."""

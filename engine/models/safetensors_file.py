@@ -22,12 +22,13 @@ _SAMPLE_BYTES, _SAMPLES = 4096, 1024
 
 
 class SafetensorsDir:
-    """The tensors of a model directory. Files are opened when read; headers are checked at once."""
+    """The tensors of a model directory. Headers are checked at once; of the files one is open, the last read."""
 
     def __init__(self, path: Path) -> None:
         """Raises ValueError where files are missing, cut short, or hold what we can't load."""
         self._files: dict[str, Path] = {}  # tensor -> file
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._open: tuple[Path, Any] | None = None  # opening reads the whole header, which names every expert
         self.total_bytes = 0
         for file in _files(path):
             header = _checked_header(file)
@@ -44,8 +45,10 @@ class SafetensorsDir:
             raise ValueError(f"the checkpoint has no tensor {name}")
         if self._shapes[name] != shape:
             raise ValueError(f"tensor {name} has shape {self._shapes[name]}, config.json says {shape}")
-        with safe_open(self._files[name], framework="pt", device="cpu") as opened:
-            tensor: Tensor = opened.get_tensor(name)
+        file = self._files[name]
+        if self._open is None or self._open[0] != file:
+            self._open = (file, safe_open(file, framework="pt", device="cpu"))
+        tensor: Tensor = self._open[1].get_tensor(name)
         return tensor
 
     def identity(self) -> Iterator[bytes]:

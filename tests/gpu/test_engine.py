@@ -100,6 +100,8 @@ KINDS = [
     ("Llama", {"head_dim": 32}),  # no kernel for this size: the torch reference serves
     ("Mistral", {"sliding_window": 24}),
     ("Qwen3", {"head_dim": 80}),
+    ("Mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2}),
+    ("Qwen3Moe", {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 64, "norm_topk_prob": True}),
 ]
 
 

@@ -60,10 +60,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def build(checkpoint: Callable[..., Path]) -> Callable[..., Engine]:
     """A float32 engine on the CPU, with as many blocks as asked for."""
 
-    def make(family: str = "Llama", num_blocks: int = 256, block_tokens: int = 16, **changes: Any) -> Engine:
+    def make(
+        family: str = "Llama",
+        num_blocks: int = 256,
+        block_tokens: int = 16,
+        max_model_len: int | None = None,
+        **changes: Any,
+    ) -> Engine:
         path = checkpoint(family, **changes)
         block_bytes = 2 * 2 * 2 * 16 * 4 * block_tokens
-        device = torch.device("cpu")
-        return Engine.build(path, torch.float32, device, kv_bytes=num_blocks * block_bytes, block_tokens=block_tokens)
+        return Engine.build(
+            path,
+            torch.float32,
+            torch.device("cpu"),
+            kv_bytes=num_blocks * block_bytes,
+            block_tokens=block_tokens,
+            max_model_len=max_model_len,
+        )
 
     return make

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from baton.engine.models import ModelConfig, load_model
-from baton.engine.models.config import RopeConfig
-from baton.engine.models.rope import inverse_frequencies
 
 CPU = torch.device("cpu")
+EXPERTS: dict[str, dict[str, Any]] = {
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3Moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40},
+}
 
 
 @pytest.fixture
@@ -38,8 +40,11 @@ def load(path: Path) -> Any:
         ({"architectures": None}, "unknown is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "proportional"}}, "proportional"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "short_factor must be a list of 8"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": ["1"] * 8}}, "short_factor must be a list of 8"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "short_factor must be a list of 8"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "needs a factor"),
         ({"rope_parameters": {"rope_type": "linear"}}, "needs a factor"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
         ({"hidden_size": "64"}, "hidden_size"),
@@ -52,6 +57,66 @@ def test_a_configuration_we_cannot_serve_is_refused(own: Path, fields: dict[str,
     change(own, **fields)
     with pytest.raises(ValueError, match=words):
         ModelConfig.from_dir(own)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "words"),
+    [
+        ("Mixtral", {"num_local_experts": 0}, "num_local_experts must be"),
+        ("Mixtral", {"num_local_experts": 9}, r"gate\.weight has shape \(4, 64\), config.json says \(9, 64\)"),
+        ("Mixtral", {"num_experts_per_tok": 5}, "5 experts for each token, of 4"),
+        ("Mixtral", {"hidden_act": "gelu"}, "gelu"),
+        ("Mixtral", {"quantization_config": {"bits": 4}}, "quantised"),
+        ("Qwen3Moe", {"moe_intermediate_size": None}, "moe_intermediate_size"),
+        ("Qwen3Moe", {"moe_intermediate_size": 41}, r"experts\.0\.gate_proj\.weight has shape \(40, 64\)"),
+        ("Qwen3Moe", {"mlp_only_layers": [0]}, "no tensor model.layers.0.mlp.gate_proj"),
+        ("Qwen3Moe", {"mlp_only_layers": 1}, "must be a list"),
+        ("Qwen3Moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ("Qwen3Moe", {"architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2MoeForCausalLM is not supported"),
+    ],
+    ids=str,
+)
+def test_experts_we_cannot_serve_are_refused(
+    family: str, fields: dict[str, Any], words: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    own = Path(shutil.copytree(checkpoint(family, **EXPERTS[family]), tmp_path / "model"))
+    change(own, **fields)
+    with pytest.raises(ValueError, match=words):
+        load(own)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_experts_are_the_same_whatever_config_json_leaves_out(
+    family: str, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    import transformers
+
+    own = tmp_path / "model"
+    shutil.copytree(checkpoint(family, **EXPERTS[family]), own)
+    raw = json.loads((own / "config.json").read_text())
+    changed: dict[str, Any] = {"num_attention_heads": 16}
+    if family == "Qwen3Moe":
+        changed |= {"num_experts": raw["num_local_experts"], "norm_topk_prob": True}
+    else:
+        del raw["num_experts_per_tok"]
+    for name in ("num_key_value_heads", "num_local_experts", "rms_norm_eps", "rope_parameters"):
+        del raw[name]
+    (own / "config.json").write_text(json.dumps(raw | changed))
+    found, meant = ModelConfig.from_dir(own), transformers.AutoConfig.from_pretrained(own)
+    assert found.experts is not None
+    assert (found.experts.count, found.experts.per_token) == (meant.num_local_experts, meant.num_experts_per_tok)
+    assert found.experts.normalise == (family == "Mixtral" or meant.norm_topk_prob)
+    assert (found.num_kv_heads, found.rms_norm_eps) == (meant.num_key_value_heads, meant.rms_norm_eps)
+    assert found.rope.theta == meant.rope_parameters["rope_theta"]
+
+
+def test_an_original_length_beside_the_rope_parameters_counts_more(own: Path) -> None:
+    scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    change(own, rope_parameters=None, rope_scaling=scaling, original_max_position_embeddings=256)
+    rope = ModelConfig.from_dir(own).rope
+    assert (rope.original_max_position_embeddings, rope.factor) == (256, 4.0)
+    with pytest.raises(ValueError, match="up to 256 positions, not 1024"):
+        load(own)
 
 
 def test_weights_of_another_shape_than_configured_are_refused(own: Path) -> None:
@@ -130,6 +195,17 @@ def test_shards_hold_the_same_model(checkpoint: Callable[..., Path]) -> None:
         assert torch.equal(mine.mlp.gate_up.weight, theirs.mlp.gate_up.weight)
 
 
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_shards_hold_the_same_experts(family: str, checkpoint: Callable[..., Path]) -> None:
+    sharded = checkpoint(family, max_shard_size="40KB", **EXPERTS[family])
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    one, other = load(checkpoint(family, **EXPERTS[family])), load(sharded)
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        for name in ("gate_up", "down"):
+            assert torch.equal(getattr(mine.mlp, name), getattr(theirs.mlp, name))
+        assert torch.equal(mine.mlp.router.weight, theirs.mlp.router.weight)
+
+
 def test_progress_ends_at_every_byte(checkpoint: Callable[..., Path]) -> None:
     path, seen = checkpoint("Llama"), []
     load_model(path, ModelConfig.from_dir(path), torch.float32, CPU, lambda done, total: seen.append((done, total)))
@@ -153,41 +229,3 @@ def test_the_old_spelling_of_rope_is_understood(own: Path) -> None:
     change(own, rope_parameters=None, rope_theta=50000.0, rope_scaling=scaling)
     rope = ModelConfig.from_dir(own).rope
     assert (rope.kind, rope.theta, rope.factor) == ("linear", 50000.0, 4.0)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048},
-        {
-            "kind": "yarn",
-            "factor": 40.0,
-            "original_max_position_embeddings": 4096,
-            "mscale": 1.0,
-            "mscale_all_dim": 0.7,
-        },
-        {
-            "kind": "yarn",
-            "factor": 2.0,
-            "original_max_position_embeddings": 512,
-            "attention_factor": 1.3,
-            "truncate": False,
-        },
-        {"kind": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192, "theta": 500000.0},
-        {"kind": "linear", "factor": 3.0},
-    ],
-    ids=str,
-)
-def test_stretched_frequencies_are_those_of_transformers(fields: dict[str, Any]) -> None:
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    rope = RopeConfig(**fields)
-    given = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if rope.kind == "llama3" else {}
-    given |= {name: value for name, value in fields.items() if name not in {"kind", "theta"}}
-    parameters = given | {"rope_type": rope.kind, "rope_theta": rope.theta}
-    config = LlamaConfig(head_dim=128, rope_parameters=parameters, max_position_embeddings=131072)
-    expected, factor = ROPE_INIT_FUNCTIONS[rope.kind](config, CPU)
-    found, found_factor = inverse_frequencies(rope, 128)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    assert found_factor == pytest.approx(factor)

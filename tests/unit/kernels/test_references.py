@@ -5,6 +5,7 @@ import torch
 
 from baton.kernels.activation import silu_gate
 from baton.kernels.block_copy import gather_blocks, scatter_blocks
+from baton.kernels.experts import mix_experts, mix_experts_reference, route
 from baton.kernels.linear import linear, pack_weight
 from baton.kernels.norm import rms_norm, rms_norm_reference
 from baton.kernels.paged_attention import Workspace, paged_attention_reference, paged_decode_attention, plan_decode
@@ -144,3 +145,31 @@ def test_a_packed_weight_gives_the_product_of_the_plain_one(tokens: int, with_bi
         found = linear(x, pack_weight(weight), bias)
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     torch.testing.assert_close(found.double(), expected, rtol=TOLERANCE[dtype], atol=20 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 1, 1), (1, 8, 2), (7, 3, 3), (50, 16, 4)], ids=str)
+def test_experts_are_mixed_by_their_shares(tokens: int, experts: int, top_k: int, dtype: torch.dtype) -> None:
+    hidden, inner = 24, 12
+    x, gate_up = random(tokens, hidden, dtype=dtype), random(experts, 2 * inner, hidden, dtype=dtype, seed=1) / 5
+    down = random(experts, hidden, inner, dtype=dtype, seed=2) / 5
+    shares, chosen = route(random(tokens, experts, dtype=dtype, seed=3), top_k, normalise=True)
+    found = mix_experts(x, gate_up, down, shares, chosen)
+    assert_close(found, mix_experts_reference(x.double(), gate_up.double(), down.double(), shares, chosen))
+
+
+def test_a_token_goes_through_its_own_experts_whatever_its_neighbours_choose() -> None:
+    x, gate_up, down = random(6, 8), random(4, 10, 8, seed=1), random(4, 8, 5, seed=2)
+    shares, chosen = route(random(6, 4, seed=3), 2, normalise=False)
+    mixed = mix_experts(x, gate_up, down, shares, chosen)
+    for token in range(6):
+        alone = mix_experts(x[token : token + 1], gate_up, down, shares[token : token + 1], chosen[token : token + 1])
+        torch.testing.assert_close(mixed[token : token + 1], alone)
+
+
+def test_routes_are_the_largest_of_the_softmax_over_all() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
+    shares, chosen = route(logits, 2, normalise=False)
+    assert chosen.tolist() == [[1, 2]]
+    torch.testing.assert_close(shares, logits.softmax(-1)[:, 1:3])
+    torch.testing.assert_close(route(logits, 2, normalise=True)[0], logits[:, 1:3].softmax(-1))
