@@ -15,7 +15,7 @@ from ..v1 import inference_pb2 as pb
 from ..v1 import inference_pb2_grpc as rpc
 from . import codec
 from .channel import DEFAULT_ADDRESS, OPTIONS, credentials, metadata
-from .errors import STREAM_BROKE, from_status
+from .errors import STREAM_BROKE, NoAnswer, from_status
 from .results import ChatMessage, Collector, Explanation, Generation, Message, ModelInfo, Prompt, Sampling, Worker
 from .retry import Retry, StreamProgress
 
@@ -166,7 +166,7 @@ class AsyncInferenceClient:
         finally:
             call.cancel()  # nothing after the end; else the reader has left
         if not progress.ended:
-            raise Unavailable(STREAM_BROKE)
+            raise NoAnswer(STREAM_BROKE)
 
     async def _call(self, invoke: Callable[[float], Awaitable[T]]) -> T:
         """One call, repeated while the router is away: each of these changes nothing the second time."""

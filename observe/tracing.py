@@ -4,6 +4,7 @@ Spans name their parent by its W3C traceparent, never by what happens to be curr
 them. Names and attributes: names.py.
 """
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
@@ -11,8 +12,8 @@ from typing import TypeAlias
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from ..core.errors import BatonError, ConfigError
@@ -22,7 +23,11 @@ from . import names
 Value: TypeAlias = str | bool | int | float | Sequence[str]
 
 EXPORT_TIMEOUT_S = 5.0
+SAY_AGAIN_S = 300.0  # that a collector is away
 _W3C = TraceContextTextMapPropagator()
+_EXPORTER_LOGGER = "opentelemetry.exporter.otlp.proto.grpc"
+
+log = logging.getLogger(__name__)
 
 
 def setup(service_name: str, otlp_endpoint: str | None = None, instance: str = "") -> "Tracing":
@@ -39,8 +44,37 @@ def setup(service_name: str, otlp_endpoint: str | None = None, instance: str = "
         exporter = OTLPSpanExporter(
             endpoint=otlp_endpoint, insecure=otlp_endpoint.startswith("http://"), timeout=EXPORT_TIMEOUT_S
         )
-        processor = BatchSpanProcessor(exporter, schedule_delay_millis=1000)
+        processor = BatchSpanProcessor(CalmExporter(exporter, otlp_endpoint), schedule_delay_millis=1000)
     return Tracing(service_name, processor, instance)
+
+
+class CalmExporter(SpanExporter):
+    """Says in one line that a collector takes nothing, and again some minutes later; the exporter within says it for
+    each try, which is shown only at level DEBUG."""
+
+    def __init__(self, exporter: SpanExporter, endpoint: str) -> None:
+        self._exporter = exporter
+        self._endpoint = endpoint
+        self._lost = 0  # spans since it was last said
+        self._said: float | None = None
+        if not log.isEnabledFor(logging.DEBUG):
+            logging.getLogger(_EXPORTER_LOGGER).setLevel(logging.CRITICAL)
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        result = self._exporter.export(spans)
+        if result is not SpanExportResult.SUCCESS:
+            self._lost += len(spans)
+            now = time.monotonic()
+            if self._said is None or now - self._said >= SAY_AGAIN_S:
+                log.warning("traces do not reach the OTLP collector at %s: %d spans lost", self._endpoint, self._lost)
+                self._said, self._lost = now, 0
+        return result
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:
+        return self._exporter.force_flush(timeout_millis)
 
 
 class Tracing:

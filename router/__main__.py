@@ -35,7 +35,7 @@ from .relay import Relay
 from .servicer import InferenceServicer
 from .telemetry import Telemetry
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("baton.router")  # not __main__
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 CLOSE_S = 2.0  # for the doors to close once all requests have ended
@@ -81,7 +81,12 @@ async def serve(config: RouterConfig) -> None:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(inference), server)
         health = await add_health_and_reflection(server, [SERVICE])
         grpc_address = bind(server, config.host, config.grpc_port, tls)
-        app = build_app(inference, api_keys=config.api_keys, max_body_bytes=config.max_message_bytes)
+        app = build_app(
+            inference,
+            api_keys=config.api_keys,
+            max_body_bytes=config.max_message_bytes,
+            on_refused=metrics.refused,
+        )
         door = HttpDoor(app, config.host, config.http_port, config.tls_certificate, config.tls_key)
         stack.push_async_callback(door.close)
         await server.start()

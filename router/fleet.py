@@ -63,6 +63,7 @@ class Fleet:
         self._served: ServedModel | None = None
         self._waiting: deque[tuple[Need, asyncio.Future[Seats]]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     @property
     def served(self) -> ServedModel | None:
@@ -150,6 +151,7 @@ class Fleet:
 
     async def close(self) -> None:
         """Closes every link; the workers release what came over them."""
+        self._closing = True
         lines = [member.line for member in self._members.values() if member.line]
         for member in list(self._members.values()):
             self._drop(member)
@@ -191,10 +193,16 @@ class Fleet:
     def _on_state(self, member: Member, linked: bool) -> None:
         if member.linked == linked:
             return
+        record = member.record
+        if linked:
+            change = "linked"
+        elif self._closing or record.worker_id not in self._listed or (member.load and member.load.draining):
+            change = "left"
+        else:
+            change = "lost"
+        log.info("%s worker %s %s", record.role, record.worker_id, change)
         member.linked = linked
         member.load = None
-        record = member.record
-        log.info("%s worker %s %s", record.role, record.worker_id, "linked" if linked else "lost")
         if not linked:
             for seat in list(member.seats):
                 seat.tell(News(lost=True))

@@ -10,7 +10,7 @@ import hmac
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,15 @@ READ_TIMEOUT_S = 30.0  # for a request's body to arrive
 DONE = b"data: [DONE]\n\n"
 
 
-def build_app(inference: Inference, *, api_keys: Iterable[str] = (), max_body_bytes: int) -> ASGIApp:
-    """The ASGI application. Without API keys everybody is let in."""
+def build_app(
+    inference: Inference,
+    *,
+    api_keys: Iterable[str] = (),
+    max_body_bytes: int,
+    on_refused: Callable[[str], None] = lambda outcome: None,
+) -> ASGIApp:
+    """The ASGI application. Without API keys everybody is let in. `on_refused`: a question for an answer ended at the
+    door, by the named error."""
 
     async def models(request: Request) -> Response:
         model = inference.model()
@@ -52,8 +59,12 @@ def build_app(inference: Inference, *, api_keys: Iterable[str] = (), max_body_by
 
     async def completions(request: Request) -> Response:
         chat = request.url.path == "/v1/chat/completions"
-        body = _json(await _body(request, max_body_bytes))
-        parsed = parse(body, chat=chat, request_id=request.headers.get("x-request-id", ""))
+        data = await _body(request, max_body_bytes)
+        try:
+            parsed = parse(_json(data), chat=chat, request_id=request.headers.get("x-request-id", ""))
+        except BatonError as error:
+            on_refused(error.code)
+            raise
         return _Answer(inference, parsed, valid_traceparent(request.headers.get("traceparent", "")))
 
     app = Starlette(
@@ -67,7 +78,7 @@ def build_app(inference: Inference, *, api_keys: Iterable[str] = (), max_body_by
         exception_handlers={BatonError: _on_error, HTTPException: _on_http_error, Exception: _on_error},
     )
     keys = tuple(api_keys)
-    return _KeyCheck(app, keys) if keys else app
+    return _KeyCheck(app, keys, on_refused) if keys else app
 
 
 class HttpDoor:
@@ -85,6 +96,7 @@ class HttpDoor:
                 app,
                 lifespan="off",
                 log_config=None,
+                log_level="warning",
                 access_log=False,
                 server_header=False,
                 ws="none",
@@ -117,13 +129,17 @@ class _Server(uvicorn.Server):
 class _KeyCheck:
     """Lets in who brings one of the keys as "Authorization: Bearer <key>"; /health is open to all."""
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Iterable[str], on_refused: Callable[[str], None]) -> None:
         self._app = app
+        self._on_refused = on_refused
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != "/health" and not self._knows(Request(scope)):
-            response = _on_error(None, NotAuthenticated("bring an API key: Authorization: Bearer <key>"))
+            error = NotAuthenticated("bring an API key: Authorization: Bearer <key>")
+            if scope["method"] == "POST":
+                self._on_refused(error.code)
+            response = _on_error(None, error)
             await response(scope, receive, send)
             return
         await self._app(scope, receive, send)

@@ -108,7 +108,7 @@ class Trace:
         self._metrics.ended(outcome, course.ended - course.arrived)
         with self.current():
             log.info(
-                "%s: %d prompt tokens, %d cached, %d new in %.3f s",
+                "ended (%s): %d prompt tokens, %d cached, %d new in %.3f s",
                 outcome,
                 course.prompt_tokens,
                 course.cached_tokens,

@@ -6,11 +6,20 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from .cluster import Cluster
 
 COUNT = "import sys; from ray._private.internal_api import memory_summary as s; print(s(sys.argv[1], stats_only=True))"
+
+
+def assert_none(cluster: Cluster, timeout_s: float = 30.0) -> None:
+    """None is left within the time: Ray frees an object when it has heard from all who borrowed it."""
+    deadline = time.monotonic() + timeout_s
+    while (objects := count(cluster)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert objects == 0
 
 
 def count(cluster: Cluster) -> int:

@@ -96,6 +96,28 @@ def test_the_default_cluster_serves_and_leaves_nothing_behind(tmp_path: Path, sh
     assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_start_that_is_interrupted_leaves_nothing_behind(
+    tmp_path: Path, short_folder: Path, number: signal.Signals
+) -> None:
+    ports = [part for name in ("grpc", "http", "metrics") for part in (f"--{name}-port", str(free_port()))]
+    log = tmp_path / "serve.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "baton.cluster.cli", "serve", *ports],
+            stdout=out, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True,
+            env={**os.environ, "TMPDIR": str(short_folder)},
+        )  # fmt: skip
+    until(lambda: list(short_folder.glob("baton-*/ray/session_*")))
+    children = descendants(process.pid)
+    process.send_signal(number)
+    assert process.wait(30) == 0, log.read_text()
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    assert list(short_folder.iterdir()) == []
+    assert "running requests" not in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

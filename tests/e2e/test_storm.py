@@ -68,7 +68,7 @@ def test_200_requests_a_third_cancelled_leave_every_block_free(cluster: Cluster)
     assert counts.get("cancelled by the client", 0) >= 10
     assert counts.get("cancelled by the router", 0) >= 10
     assert_clean(cluster)
-    assert ray_objects.count(cluster) == 0
+    ray_objects.assert_none(cluster)
 
 
 def test_a_passed_deadline_ends_the_request_and_frees_its_blocks(

@@ -46,6 +46,29 @@ def test_serve_has_a_flag_for_each_setting_but_the_secrets(capsys: pytest.Captur
     assert {setting.name for setting in SETTINGS if f"{setting.flag} " not in shown} == {"api_keys", "cluster_token"}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["serve", "--max-token", "3"], "baton serve: unknown flag --max-token: did you mean --max-model-len"),
+        (["serve", "--max-bach=3"], "unknown flag --max-bach: did you mean --max-batch"),
+        (
+            ["generate", "x", "--temprature", "0"],
+            "baton generate: unknown flag --temprature: did you mean --temperature?",
+        ),
+        (["serve", "--frobnicate"], "baton serve: unknown flag --frobnicate. `baton serve --help`"),
+        (["status", "x"], "baton status: unknown argument x."),
+    ],
+)
+def test_an_unknown_flag_is_refused_with_what_may_have_been_meant(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == cli.EXIT_MISTAKE
+    assert says in (shown := capsys.readouterr().err)
+    assert shown.count("\n") == 1
+
+
 def test_generate_prints_the_answer_and_sends_what_was_asked_for(
     router: ScriptedRouter, address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +126,7 @@ def test_a_conversation_outlives_a_router_that_is_away(
 ) -> None:
     lines = iter(["one", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    assert cli.main(["chat", "--address", "127.0.0.1:1"]) == 0
+    assert cli.main(["chat", "--address", "127.0.0.1:1"]) == 1
     assert "`baton serve`" in capsys.readouterr().err
 
 

@@ -1,3 +1,4 @@
+import logging
 import threading
 from collections.abc import Iterator
 from concurrent import futures
@@ -6,7 +7,7 @@ import grpc
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_trace_id
 
@@ -175,3 +176,24 @@ def test_spans_reach_an_otlp_receiver(collector: tuple[Receiver, str]) -> None:
     assert traces.flush()
     traces.shutdown()
     assert receiver.spans == ["kv_transfer"]
+
+
+def test_a_collector_that_is_away_is_said_once_in_a_while(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Away(SpanExporter):
+        def export(self, spans: object) -> SpanExportResult:
+            return SpanExportResult.FAILURE
+
+    now = 1000.0
+    monkeypatch.setattr(tracing.time, "monotonic", lambda: now)
+    exporter = tracing.CalmExporter(Away(), "http://away:4317")
+    span = ReadableSpan("s")
+    for _ in range(3):
+        assert exporter.export([span]) is SpanExportResult.FAILURE
+    now += tracing.SAY_AGAIN_S
+    exporter.export([span, span])
+    assert [record.getMessage() for record in caplog.records] == [
+        f"traces do not reach the OTLP collector at http://away:4317: {lost} spans lost" for lost in (1, 4)
+    ]
+    assert not logging.getLogger("opentelemetry.exporter.otlp.proto.grpc.exporter").isEnabledFor(logging.ERROR)

@@ -341,3 +341,18 @@ async def test_closing_closes_every_line() -> None:
     await yard.fleet.close()
     assert all(line.closed for line in yard.lines.values())
     assert not yard.fleet.ready
+
+
+async def test_a_worker_that_says_goodbye_has_left_and_is_not_lost(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "baton.router.fleet")
+    yard = await a_yard()
+    yard.lines["d.1"].load(draining=True)
+    yard.lines["d.1"].on_state(False)
+    yard.lines["p.1"].on_state(False)
+    yard.lines["p.1"].on_state(True)
+    await yard.list(D)
+    yard.lines["p.1"].on_state(False)
+    yard.lines["d.1"].on_state(True)
+    await yard.fleet.close()
+    said = [record.getMessage() for record in caplog.records if "linked" not in record.getMessage()]
+    assert said == ["decode worker d left", "prefill worker p lost", "prefill worker p left", "decode worker d left"]

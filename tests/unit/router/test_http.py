@@ -284,6 +284,26 @@ async def test_a_key_is_asked_for(bench: Bench) -> None:
     assert (await client.post(CHAT, json=HI, headers={"authorization": "Bearer two"})).status_code == 200
 
 
+async def test_what_is_refused_at_the_door_is_counted(bench: Bench) -> None:
+    refused: list[str] = []
+    client = a_client(bench, api_keys=["k"], on_refused=refused.append)
+    key = {"authorization": "Bearer k"}
+    await client.post(CHAT, content=b"{", headers=key)
+    await client.post(CHAT, json={**HI, "n": "many"}, headers=key)
+    await client.post(CHAT, json=HI)
+    await client.get("/v1/models")
+    assert refused == ["InvalidRequest", "InvalidRequest", "NotAuthenticated"]
+
+
+async def test_the_web_server_is_silent_about_itself(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    door = HttpDoor(build_app(bench.inference, max_body_bytes=1000), "127.0.0.1", 0)
+    await door.start()
+    await turns(10)
+    await door.close()
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn")]
+
+
 async def test_a_failure_has_a_status_of_its_own(bench: Bench) -> None:
     for code, status in (("Overloaded", 429), ("WorkerLost", 503), ("DeadlineExceeded", 504), ("CorruptPiece", 503)):
         bench.workers.on_admit = lambda seat, code=code: asyncio.get_running_loop().call_soon(
