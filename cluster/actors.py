@@ -18,7 +18,7 @@ from ..observe import logs
 from ..worker.config import WorkerConfig
 from ..worker.records import Progress
 from .memory_plan import GPU_WORKSPACE, kv_room, usable_bytes
-from .screen import bar
+from .screen import percent
 from .units import format_size
 
 _GPU_LEAST = 64 << 20
@@ -91,7 +91,7 @@ class ServiceActor:
         self._ready.set()
 
     def _set_progress(self, progress: Progress) -> None:
-        self._progress = f"loading {bar(progress.loaded_bytes, progress.total_bytes)}"
+        self._progress = f"loading {percent(progress.loaded_bytes, progress.total_bytes)}"
 
 
 def gpu_kv_bytes(share: float, weight_bytes: int) -> int:

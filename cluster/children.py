@@ -105,11 +105,12 @@ def descendants(root: int) -> list[int]:
 
 
 def sweep(grace_s: float) -> int:
-    """End every process below ours: ask, wait up to `grace_s`, kill. Gives how many had to be killed."""
-    for pid in descendants(os.getpid()):
-        _signal(pid, signal.SIGTERM)
+    """End every process below ours: ask, wait up to `grace_s` (0: do neither), kill. Gives how many were killed."""
+    if grace_s:
+        for pid in descendants(os.getpid()):
+            _signal(pid, signal.SIGTERM)
     deadline = time.monotonic() + grace_s
-    while _reap_and_list() and time.monotonic() < deadline:
+    while time.monotonic() < deadline and _reap_and_list():
         time.sleep(0.05)
     killed: set[int] = set()
     while left := _reap_and_list():  # a killed parent's children become ours: until none is left

@@ -5,9 +5,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from ..core.errors import BatonError
-from .config import DEFAULT_ADDRESS, SETTINGS, find_file, load
+from .config import DEFAULT_ADDRESS, SETTINGS, close_names, find_file, load
 from .memory_plan import GPUS
 
 EXIT_MISTAKE = 2  # the person mends something; the message says what
@@ -61,6 +62,22 @@ examples:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses an unknown flag itself, by the name of its command and with what may have been meant."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            self._refuse(left[0].partition("=")[0])
+        return found, left
+
+    def _refuse(self, word: str) -> NoReturn:
+        kind = "flag" if word.startswith("-") else "argument"
+        close = close_names(word, self._option_string_actions) if kind == "flag" else []
+        meant = f": did you mean {' or '.join(close)}?" if close else "."
+        self.exit(EXIT_MISTAKE, f"{self.prog}: unknown {kind} {word}{meant} `{self.prog} --help` lists all.\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. 0: done; 2: something to mend, said in one line; 130: interrupted."""
     arguments = _parser().parse_args(argv)
@@ -80,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="baton", description=_DESCRIPTION, formatter_class=raw, allow_abbrev=False)
+    parser = _Parser(prog="baton", description=_DESCRIPTION, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"baton {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -172,7 +189,15 @@ def _serve(arguments: argparse.Namespace) -> int:
     config = load(flags, os.environ, file)
     from .launch import serve  # noqa: PLC0415  # heavy: Ray
 
-    return serve(config)
+    try:
+        return serve(config)
+    except BatonError as error:
+        if config.log_format != "json":
+            raise
+        from .screen import json_line  # noqa: PLC0415
+
+        print(json_line("ERROR", str(error)), file=sys.stderr)
+        return EXIT_MISTAKE
 
 
 def _generate(arguments: argparse.Namespace) -> int:

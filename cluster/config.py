@@ -77,6 +77,16 @@ def _count(low: int, high: int | None = None) -> Callable[[str, object], int]:
     return partial(parse_int, low=low, high=high)
 
 
+def _block_tokens(name: str, text: object) -> int:
+    try:
+        value = parse_int(name, text, 16, 256)
+    except ConfigError:
+        value = 0
+    if value == 0 or value % 16:
+        raise ConfigError(f"{name} is {text}: write a multiple of 16 from 16 to 256.")
+    return value
+
+
 def _one_of(*choices: str) -> Callable[[str, object], str]:
     return partial(parse_choice, choices=choices)
 
@@ -97,7 +107,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("max_model_len", _count(16), "tokens of prompt and answer together (default: what the model allows)", "N"),
     Setting("kv_memory", parse_size, "KV cache of each worker, e.g. 512MiB (default: from what is free)", "SIZE"),
     Setting("max_batch", _count(1, 4096), "sequences a worker runs at once (default: 32)", "N"),
-    Setting("block_tokens", _count(16, 256), "tokens of one KV block, a multiple of 16 (default: 16)", "N"),
+    Setting("block_tokens", _block_tokens, "tokens of one KV block, a multiple of 16 (default: 16)", "N"),
     Setting("dtype", _one_of("auto", "bfloat16", "float32"), "auto (the model's), bfloat16 or float32", "DTYPE"),
     Setting("device", _one_of("auto", "cpu", "cuda"), "auto (GPUs if there are any), cpu or cuda", "DEVICE"),
     Setting("threads", _count(1, 256), "CPU threads of each worker (default: 1)", "N"),
@@ -154,7 +164,7 @@ def read_api_keys(config: ServeConfig) -> tuple[str, ...]:
         try:
             lines = Path(config.api_keys_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--api-keys-file {config.api_keys_file} can't be read: {error}.") from None
+            raise ConfigError(f"--api-keys-file {config.api_keys_file} can't be read: {_reason(error)}.") from None
         found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
         if not found:
             raise ConfigError(f"--api-keys-file {config.api_keys_file} holds no key: write one on each line.")
@@ -209,15 +219,29 @@ def _file_keys() -> list[str]:
 
 def _suggest(word: str, known: Iterable[str]) -> str:
     known = list(known)
-    close = difflib.get_close_matches(word.replace("-", "_"), known, n=1)
+    close = close_names(word, known)
     return f" Did you mean {close[0]}?" if close else f" Known are: {', '.join(known)}."
+
+
+def close_names(word: str, known: Iterable[str]) -> list[str]:
+    """Up to two of `known` that may have been meant, the closest first. What all share says nothing: it is left out."""
+    bare = {_bare(name): name for name in known}
+    return [bare[name] for name in difflib.get_close_matches(_bare(word), bare, n=2)]
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix(PREFIX).lstrip("-").replace("-", "_").lower()
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not text in UTF-8"
+    return (error.strerror or type(error).__name__).lower()
 
 
 def _check_together(config: ServeConfig) -> None:
     if config.tp != 1:
         raise ConfigError(f"--tp is {config.tp}: this version runs one rank per worker; leave it at 1.")
-    if config.block_tokens % 16:
-        raise ConfigError(f"--block-tokens is {config.block_tokens}: write a multiple of 16.")
     if (config.tls_cert is None) != (config.tls_key is None):
         raise ConfigError("TLS needs a certificate and a key: give both --tls-cert and --tls-key.")
     for name in ("tls_cert", "tls_key"):

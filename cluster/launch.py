@@ -10,7 +10,9 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,12 +36,13 @@ _TICK_S = 0.1
 _SWEEP_S = 5.0
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # a folder of ours with mode 0700 is made in it
 _PREFIX = "baton-"
+_ASK = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last one comes when the terminal is closed
 _ALIVE = "alive"  # a file of the run's folder, locked as long as its `baton serve` lives
 _SOCKET_PATH_MOST = 40  # of the run's folder: Ray's sockets lie 65 characters deeper, the kernel takes 107
 
 
-class Interrupted(Exception):
-    """A signal asked us to end."""
+class Interrupted(BaseException):
+    """A signal asked us to end. No `Exception`: it passes through whatever code runs when the signal comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,29 +56,37 @@ class Folders:
 
 def serve(config: ServeConfig) -> int:
     """Run a cluster until a signal. 0: ended as asked. Raises ConfigError for whatever a person can mend."""
-    screen = Screen()
+    screen = Screen(as_json=config.log_format == "json")
     started = time.monotonic()
     preflight.check_installed()
     preflight.check_ports(config)
     if config.redis_url is not None:
         redis.ping(config.redis_url)
     api_keys = read_api_keys(config)
+    if not api_keys and os.environ.get("BATON_API_KEY"):
+        screen.notice(
+            "BATON_API_KEY is what a client sends; this cluster asks for no key: set BATON_API_KEYS if it shall."
+        )
     if not models.is_local(config.model):
         screen.say(f"Fetching {config.model} from the hub, unless it is here already.")
     plan = plan_cluster(config, models.resolve(config.model), api_keys, config.cluster_token or secrets.token_hex(32))
     signals = Signals()
     children.adopt_orphans()
-    with signals, _folders() as folders, Tail(folders.logs):
+    with signals, _folders() as folders, Tail(folders.logs, aside=screen.aside):
         run = Run(plan, folders, screen, signals)
         try:
-            run.start()
+            with signals.raising():
+                run.start()
             screen.say(banner(config, plan.model_name, keys=bool(api_keys)))
             screen.say(f"  Ready after {time.monotonic() - started:.0f} s.")
             run.watch()
         except Interrupted:
-            screen.say(f"Ending: running requests have up to {config.drain_s} s; Ctrl-C again ends it now.")
+            if not run.started:  # nobody can have asked for anything: nothing to wait for
+                screen.notice("Ending: every process that was started is ended.")
+                _end_at_once(folders, 0)()
+            screen.notice(f"Ending: running requests have up to {config.drain_s} s; Ctrl-C again ends it now.")
         finally:
-            signals.now = _end_at_once(folders)
+            signals.now = _end_at_once(folders, 130)
             run.end()
     return 0
 
@@ -92,6 +103,7 @@ class Run:
         self._router: RouterProcess | None = None
         self._supervisors: list[Supervisor] = []
         self._epoch = time.time_ns() // 1_000_000
+        self.started = False
 
     def start(self) -> None:
         """Until the router says that it is ready. Raises ConfigError or Interrupted."""
@@ -106,12 +118,12 @@ class Run:
         from . import local_ray  # noqa: PLC0415  # half a second, while the router starts
 
         local_ray.start(self._plan.num_gpus, self._plan.cluster_token, self._folders.run / "ray")
-        self._signals.install()  # Ray has put its own in place
+        self._signals.install()  # whatever Ray has put in their place
         self._signals.check()
         for worker in self._plan.workers(redis_url, self._folders.rings, self._folders.logs):
             start_gang = partial(local_ray.RayGang, worker)
             self._supervisors.append(
-                Supervisor(worker.worker_id, start_gang, self._next_epoch, time.monotonic, self._screen.say)
+                Supervisor(worker.worker_id, start_gang, self._next_epoch, time.monotonic, self._screen.notice)
             )
         while not self._is_ready():
             self._tick()
@@ -121,7 +133,8 @@ class Run:
                     f"Not ready after {self._plan.config.start_s} s ({state}; router: {self._router.last_lines()}): "
                     "give --start-s more if the model is large."
                 )
-            self._screen.progress("; ".join(f"{one.name}: {one.progress}" for one in self._supervisors))
+            self._screen.progress("; ".join(f"{one.name} {one.progress}" for one in self._supervisors))
+        self.started = True
 
     def watch(self) -> None:
         """Until a signal. Raises Interrupted, or ConfigError when nothing that could serve is left."""
@@ -157,7 +170,7 @@ class Run:
         if self._redis is not None and self._redis.poll() is not None:
             raise ConfigError(f"The private Redis ended: {self._redis.last_lines(3)}.")
         if self._router is not None:
-            self._router.tick(self._screen.say)
+            self._router.tick(self._screen.notice)
         for supervisor in self._supervisors:
             supervisor.tick()
         time.sleep(_TICK_S)
@@ -168,15 +181,17 @@ class Run:
 
 
 class Signals:
-    """The first Ctrl-C or SIGTERM asks for an orderly end, the second one ends at once."""
+    """The first Ctrl-C, SIGTERM or SIGHUP asks for an orderly end, the second one ends at once."""
 
     def __init__(self) -> None:
         self._asked = False
+        self._raises = False
+        self._pid = os.getpid()
         self._before: dict[signal.Signals, object] = {}
         self.now: Callable[[], None] | None = None  # what the second one does, once the end has begun
 
     def __enter__(self) -> "Signals":
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.getsignal(number) for number in _ASK}
         self.install()
         return self
 
@@ -185,18 +200,43 @@ class Signals:
             signal.signal(number, handler)  # type: ignore[arg-type]  # what getsignal gave
 
     def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._take)
+        for number in _ASK:
+            if self._before[number] is not signal.SIG_IGN or number is not signal.SIGHUP:  # `nohup` is obeyed
+                signal.signal(number, self._take)
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Within it the first signal raises Interrupted wherever the main thread is."""
+        self._raises = True
+        before, sys.unraisablehook = sys.unraisablehook, self._again
+        try:
+            self.check()
+            yield
+        finally:
+            self._raises = False
+            sys.unraisablehook = before
 
     def check(self) -> None:
         """Raises Interrupted once a signal came."""
         if self._asked:
             raise Interrupted
 
+    def _again(self, lost: "sys.UnraisableHookArgs") -> None:
+        """A signal came within a callback that can't raise, such as one of a fork: it comes again a little later."""
+        if not isinstance(lost.exc_value, Interrupted):
+            sys.__unraisablehook__(lost)
+            return
+        self._asked = False
+        threading.Timer(_TICK_S / 2, os.kill, (self._pid, signal.SIGTERM)).start()
+
     def _take(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # between fork and exec of a child
+            return
         if self._asked and self.now is not None:
             self.now()
-        self._asked = True
+        first, self._asked = not self._asked, True
+        if first and self._raises:
+            raise Interrupted
 
 
 @contextmanager
@@ -235,10 +275,13 @@ def _remove(folders: Folders) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _end_at_once(folders: Folders) -> Callable[[], None]:
+def _end_at_once(folders: Folders, status: int) -> Callable[[], None]:
     def end() -> None:
-        children.sweep(0)
+        children.sweep(0)  # before the removal: who still runs would make its folder anew
         _remove(folders)
-        os._exit(130)  # threads of Ray may wait for what was just killed
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)  # threads of Ray may wait for what was just killed
 
     return end

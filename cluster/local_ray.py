@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ def start(num_gpus: int, cluster_token: str, folder: Path) -> None:
     os.environ.pop("RAY_ADDRESS", None)
     import ray  # noqa: PLC0415  # reads the environment above when it is imported
 
+    # It would put its own handler of SIGTERM before ours.
+    ray._private.utils.set_sigterm_handler = lambda _: None
+    # Ray's page of text about each worker that ends: the supervisor says it in one line.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    # A terminal that closes sends SIGHUP to all of its processes: Ray's, which inherit this mask, are ours to end.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         ray.init(
             address="local",
@@ -48,6 +55,8 @@ def start(num_gpus: int, cluster_token: str, folder: Path) -> None:
     except Exception as error:  # Ray names no class for what may go wrong here
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"Ray did not start: {reason}") from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def stop() -> None:

@@ -25,14 +25,19 @@ def resolve(model: str, *, bundled_folder: Path = _BUNDLED_FOLDER) -> Path:
         raise ConfigError(
             f"The bundled model {model} comes with the repository, not with the package: give --model PATH or an id."
         )
-    if model.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(model) or ".." in model or "--" in model:
+    if not _is_hub_id(model):
         raise ConfigError(f"--model {model}: there is no such directory.")
     return _checked(_download(model))
 
 
 def is_local(model: str) -> bool:
     """False: it will be looked for on the hub."""
-    return model == BUNDLED_MODEL or Path(model).expanduser().exists()
+    return model == BUNDLED_MODEL or Path(model).expanduser().exists() or not _is_hub_id(model)
+
+
+def _is_hub_id(model: str) -> bool:
+    """False for what looks like a path."""
+    return _HUB_ID.fullmatch(model) is not None and ".." not in model and "--" not in model
 
 
 def served_name(model: str, directory: Path) -> str:
@@ -70,7 +75,8 @@ def _download(model_id: str) -> Path:
         ) from None
     except LocalEntryNotFoundError:
         raise ConfigError(
-            f"--model {model_id} is not here yet and the hub can't be reached: go online once, or give a directory."
+            f"--model {model_id}: there is no such directory here, and the hub could not be reached to look for one "
+            "there: give a directory that is there, or go online once."
         ) from None
     except (HfHubHTTPError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,5 +1,6 @@
 """What can be known to go wrong before anything starts: ports, memory, the model's kind. Each error is one line."""
 
+import errno
 import importlib.util
 import os
 import socket
@@ -19,6 +20,7 @@ _BASE_BYTES = 900 << 20  # Ray, router, Redis (measured: 670 + 150 MiB)
 _KV_SHARE = 0.25  # of free memory, for all workers together, when nobody says how much
 _KV_MOST = 1 << 30
 _KV_LEAST = 64 << 20
+_LAST_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,27 +41,42 @@ def check_installed() -> None:
 
 
 def check_ports(config: ServeConfig) -> None:
-    """Raises ConfigError when another process listens on one of ours."""
-    for flag in ("grpc_port", "http_port", "metrics_port"):
-        port = getattr(config, flag)
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            # As servers do: a connection that lingers after the last run does not count as taken.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((config.host, port))
-            except socket.gaierror:
-                raise ConfigError(f"--host {config.host} is no address of this machine.") from None
-            except PermissionError:
-                raise ConfigError(
-                    f"Port {port} is for root alone: choose one from 1024 on with {_flag(flag)}."
-                ) from None
-            except OSError as error:
-                if error.errno == 99:  # EADDRNOTAVAIL
-                    raise ConfigError(f"--host {config.host} is no address of this machine.") from None
-                raise ConfigError(
-                    f"Port {port} is taken: stop what listens there, or choose another with {_flag(flag)}."
-                ) from None
+    """Raises ConfigError when other processes listen on ours: it names all of them, and flags that would work."""
+    ports = {flag: getattr(config, flag) for flag in ("grpc_port", "http_port", "metrics_port")}
+    taken = [flag for flag, port in ports.items() if not _is_free(config.host, port, flag)]
+    if not taken:
+        return
+    numbers = [str(ports[flag]) for flag in taken]
+    named = f"Port {numbers[0]} is" if len(taken) == 1 else f"Ports {', '.join(numbers[:-1])} and {numbers[-1]} are"
+    chosen = set(ports.values())
+    for flag in taken:
+        ports[flag] = next(
+            port
+            for port in (*range(ports[flag] + 1, _LAST_PORT + 1), *range(1024, ports[flag]))
+            if port not in chosen and _is_free(config.host, port, flag)
+        )
+        chosen.add(ports[flag])
+    flags = " ".join(f"{_flag(flag)} {port}" for flag, port in ports.items())
+    raise ConfigError(f"{named} taken: stop what listens there, or add {flags}")
+
+
+def _is_free(host: str, port: int, flag: str) -> bool:
+    """Raises ConfigError for what no other port would mend."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As servers do: a connection that lingers after the last run does not count as taken.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except socket.gaierror:
+            raise ConfigError(f"--host {host} is no address of this machine.") from None
+        except PermissionError:
+            raise ConfigError(f"Port {port} is for root alone: choose one from 1024 on with {_flag(flag)}.") from None
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ConfigError(f"--host {host} is no address of this machine.") from None
+            return False
+    return True
 
 
 def measure_model(directory: Path, dtype: str) -> ModelSize:

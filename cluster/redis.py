@@ -58,7 +58,7 @@ def ping(url: str) -> None:
     try:
         client: redis_py.Redis = redis.Redis.from_url(url, socket_connect_timeout=_CONNECT_S, socket_timeout=_CONNECT_S)
     except ValueError:
-        raise ConfigError(f"The Redis URL {_hide(url)} is none: write redis://HOST:PORT/0.") from None
+        raise ConfigError(f"The Redis URL {_hide(url)!r} can't be used: write redis://HOST:PORT/0.") from None
     try:
         client.ping()
     except redis.AuthenticationError:

@@ -2,6 +2,8 @@
 
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -12,9 +14,16 @@ _MOST_BYTES = 1 << 20  # of one file at a look, so that a flood of one does not 
 class Tail:
     """Copies whole lines of every `*.log` in a folder, in the order in which they are seen; an endless one in parts."""
 
-    def __init__(self, folder: Path, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        stream: TextIO | None = None,
+        *,
+        aside: Callable[[], AbstractContextManager[None]] = nullcontext,  # to write within: others use the terminal too
+    ) -> None:
         self._folder = folder
         self._stream = stream or sys.stderr
+        self._aside = aside
         self._read: dict[Path, int] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log-tail", daemon=True)
@@ -38,8 +47,9 @@ class Tail:
             whole = data if endless else data[: data.rfind(b"\n") + 1]
             if whole:
                 self._read[path] = self._read.get(path, 0) + len(whole)
-                self._stream.write(whole.decode(errors="replace"))
-                self._stream.flush()
+                with self._aside(), suppress(OSError):  # the terminal may be closed
+                    self._stream.write(whole.decode(errors="replace"))
+                    self._stream.flush()
 
     def _run(self) -> None:
         while not self._ended.wait(_LOOK_S):

@@ -52,6 +52,7 @@ def test_a_directory_that_lacks_a_part_is_told_which(tmp_path: Path, missing: st
 
 @pytest.mark.parametrize("name", ["/no/such", "./no", "~/no/such", "a/b/c", "a..b/c", "a b", "https://x/y"])
 def test_a_path_that_is_not_there_is_never_looked_for_on_the_hub(name: str) -> None:
+    assert models.is_local(name)
     with pytest.raises(ConfigError, match="there is no such directory"):
         models.resolve(name)
 
@@ -108,5 +109,7 @@ def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(tmp_path: Path) -
 
 def test_without_a_connection_the_message_says_so(tmp_path: Path) -> None:
     said = resolve_elsewhere("someone/small", tmp_path, "http://127.0.0.1:9")
-    assert said.startswith("error: --model someone/small is not here yet")
-    assert "not here yet" in resolve_elsewhere("someone/small", tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    assert said.startswith("error: --model someone/small: there is no such directory here, and the hub could not be")
+    assert "hub could not be reached" in resolve_elsewhere(
+        "someone/small", tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE="1"
+    )

@@ -1,5 +1,6 @@
 import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,22 @@ def test_a_taken_port_is_told_before_anything_starts() -> None:
         port = listener.getsockname()[1]
         with pytest.raises(ConfigError, match=f"Port {port} is taken.*--http-port"):
             preflight.check_ports(ServeConfig(grpc_port=free_port(), http_port=port, metrics_port=free_port()))
+
+
+def test_all_taken_ports_are_told_at_once_with_flags_that_work() -> None:
+    with socket.socket() as one, socket.socket() as other:
+        for listener in (one, other):
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+        grpc, http = one.getsockname()[1], other.getsockname()[1]
+        config = ServeConfig(grpc_port=grpc, http_port=http, metrics_port=free_port())
+        with pytest.raises(ConfigError, match=f"Ports {grpc} and {http} are taken") as caught:
+            preflight.check_ports(config)
+        words = str(caught.value).split(" add ")[1].split()
+        given = zip(words[::2], words[1::2], strict=True)
+        flags = {name.removeprefix("--").replace("-", "_"): int(port) for name, port in given}
+        assert flags["metrics_port"] == config.metrics_port
+        preflight.check_ports(replace(ServeConfig(), **flags))
 
 
 def test_an_address_of_another_machine_is_told() -> None:

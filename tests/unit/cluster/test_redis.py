@@ -35,5 +35,5 @@ def test_no_answer_says_what_to_do_and_never_shows_the_password() -> None:
     with pytest.raises(ConfigError, match="leave it out to get a private one") as caught:
         redis.ping("redis://:secret@127.0.0.1:1/0")
     assert "secret" not in str(caught.value)
-    with pytest.raises(ConfigError, match="write redis://"):
+    with pytest.raises(ConfigError, match="'nonsense' can't be used: write redis://"):
         redis.ping("nonsense")
