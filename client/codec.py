@@ -15,7 +15,21 @@ _FINISH = {
     pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
     pb.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
 }
-_SCALARS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "ignore_eos", "logprobs")
+_SCALARS = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "n",
+    "ignore_eos",
+    "logprobs",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_tokens",
+)
 
 
 def new_request_id() -> str:
@@ -113,7 +127,9 @@ def decode_explanation(response: pb.ExplainResponse) -> Explanation:
 
 def _sampling(sampling: Sampling) -> pb.SamplingParams:
     given = {name: getattr(sampling, name) for name in _SCALARS if getattr(sampling, name) is not None}
-    return pb.SamplingParams(**given, stop=sampling.stop, stop_token_ids=sampling.stop_token_ids)
+    return pb.SamplingParams(
+        **given, stop=sampling.stop, stop_token_ids=sampling.stop_token_ids, logit_bias=dict(sampling.logit_bias or {})
+    )
 
 
 def _is_chat(prompt: Prompt) -> bool:

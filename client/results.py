@@ -1,6 +1,6 @@
 """What the client takes and gives, free of protobuf."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.request import FinishReason, TokenLogprobs
@@ -47,6 +47,11 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool | None = None
     logprobs: int | None = None  # k: the chosen token's and the k best
+    repetition_penalty: float | None = None  # of tokens in prompt or answer; above 1: rarer
+    presence_penalty: float | None = None  # of tokens in the answer; above 0: rarer
+    frequency_penalty: float | None = None  # the same, for each time that the token is there
+    logit_bias: Mapping[int, float] | None = None  # token id -> what is added to its logit
+    min_tokens: int | None = None  # before so many no stop token; a stop string ends the answer all the same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

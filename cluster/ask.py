@@ -147,6 +147,10 @@ def _sampling(arguments: argparse.Namespace) -> Sampling:
         top_p=arguments.top_p,
         top_k=arguments.top_k,
         min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        presence_penalty=arguments.presence_penalty,
+        frequency_penalty=arguments.frequency_penalty,
+        min_tokens=arguments.min_tokens,
         seed=arguments.seed,
         stop=tuple(arguments.stop or ()),
     )

@@ -29,6 +29,11 @@ class Sampling:
     branch: int = 0  # which of the n answers
     stop_token_ids: frozenset[int] = frozenset()  # ends of sequence among them, unless ignored
     logprobs: int | None = None  # None: none; k: the chosen token's and the k best
+    repetition_penalty: float = 1.0  # of tokens in prompt or answer: divides logits above 0, multiplies others
+    presence_penalty: float = 0.0  # taken from the logits of tokens in the answer
+    frequency_penalty: float = 0.0  # taken once for each time that the token is in the answer
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each token once, rising
+    min_tokens: int = 0  # before so many no stop token is chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +50,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    logprob: float  # natural log, before temperature and filters
+    logprob: float  # natural log, before penalties, bias, temperature and filters
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
 
 

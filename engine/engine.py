@@ -179,7 +179,7 @@ class Engine:
         tokens: tuple[StepToken, ...] = ()
         if asking:
             rows = SamplingRows.of([seq.sampling for seq in asking], self.config.vocab_size, self._device)
-            sampled = sample(logits, rows, [len(seq.tokens) for seq in asking])
+            sampled = sample(logits, rows, [len(seq.tokens) for seq in asking], [seq.edits for seq in asking])
             tokens = tuple(map(StepToken, asking, sampled.token_ids, sampled.logprobs))
             for step_token in tokens:
                 step_token.sequence.append(step_token.token)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.request import Sampling, TokenLogprobs
+from .logit_edits import LogitEdits, edited
 
 Numbers = npt.NDArray[np.uint64]
 _MASK = (1 << 64) - 1
@@ -60,13 +61,16 @@ class Sampled:
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, rows: SamplingRows, positions: Seq[int]) -> Sampled:
+def sample(logits: Tensor, rows: SamplingRows, positions: Seq[int], edits: Seq[LogitEdits | None] = ()) -> Sampled:
     """One token per row.    logits [S, V]; positions: S, which token of its answer each row chooses, from 0.
 
-    Temperature, then top-k, then top-p, then min-p, each on what the one before left; the order of transformers.
+    Edits (one per row, or none at all), then temperature, then top-k, then top-p, then min-p, each on what the one
+    before left; the order of transformers.
     """
-    best = logits.float().argmax(-1)  # torch's argmax of bfloat16 is three times as slow on a CPU
-    chosen = best if rows.draw is None else _draw(logits, best, rows.draw, positions)
+    # In f32: torch's argmax of bfloat16 is three times as slow on a CPU.
+    values = edited(logits, edits) if any(edits) else logits.float()
+    best = values.argmax(-1)
+    chosen = best if rows.draw is None else _draw(values, best, rows.draw, positions)
     token_ids: list[int] = chosen.tolist()
     if all(count is None for count in rows.logprobs):
         return Sampled(token_ids, [None] * len(token_ids))
@@ -105,8 +109,11 @@ def _draw(logits: Tensor, best: Tensor, rows: DrawRows, positions: Seq[int]) -> 
 
 
 def _filtered(logits: Tensor, rows: DrawRows) -> tuple[Tensor, Tensor]:
-    """(probabilities [S, V] f64, best first, 0 where filtered out, not normalised; their token ids [S, V])."""
-    values, order = torch.sort(logits.float(), dim=-1, descending=True, stable=True)
+    """(probabilities [S, V] f64, best first, 0 where filtered out, not normalised; their token ids [S, V]).
+
+    logits [S, V] f32
+    """
+    values, order = torch.sort(logits, dim=-1, descending=True, stable=True)
     divisor = torch.where(rows.temperature == 0, 1.0, rows.temperature)
     scaled = ((values - values[:, :1]) / divisor).double()  # the best at 0: a tiny temperature can't overflow
     weights = torch.softmax(scaled, -1)
@@ -119,7 +126,7 @@ def _filtered(logits: Tensor, rows: DrawRows) -> tuple[Tensor, Tensor]:
 
 
 def _logprobs(logits: Tensor, token_ids: list[int], wanted: Seq[int | None]) -> list[TokenLogprobs | None]:
-    """Before temperature and filters."""
+    """Before edits, temperature and filters."""
     rows = [row for row, count in enumerate(wanted) if count is not None]
     table = torch.log_softmax(logits[rows].float(), -1)
     most = min(max(count or 0 for count in wanted), table.shape[1])

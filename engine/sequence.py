@@ -4,6 +4,7 @@ import numpy as np
 
 from ..core.ids import BlockId, BlockKey, SequenceId
 from ..core.request import EndReason, Request, Sampling
+from .logit_edits import LogitEdits
 
 
 class Sequence:
@@ -26,6 +27,7 @@ class Sequence:
         self.keys: list[BlockKey] = []  # of the full blocks that the prefix cache knows by now
         self.ids = np.empty(len(prompt) + sampling.max_tokens, dtype=np.int64)  # prompt and answer; [:length] is valid
         self.ids[: len(prompt)] = prompt
+        self.edits = LogitEdits.of(sampling, self.ids[: len(prompt)])  # None: nothing is asked for, or it is over
         self.table = np.empty(0, dtype=np.int32)  # blocks, as the batch wants them
 
     @classmethod
@@ -51,6 +53,10 @@ class Sequence:
         """One more token of the answer."""
         self.ids[self.length] = token
         self.tokens.append(token)
+        if self.edits is not None:
+            self.edits.add(token)
+            if self.edits.spent:
+                self.edits = None
 
     def give(self, blocks: list[BlockId]) -> None:
         """More blocks, which the caller holds for this sequence."""

@@ -2,9 +2,11 @@
 
 Fields that OpenAI knows and that change nothing here (`user`, `metadata`, `store` ...), and all that nobody knows, are
 ignored, as clients send many. Fields that would change the answer and are not supported are refused by name, unless
-they hold the value that asks for nothing. Beyond OpenAI's: `top_k`, `min_p`, `ignore_eos`, `stop_token_ids`.
+they hold the value that asks for nothing. Beyond OpenAI's: `top_k`, `min_p`, `repetition_penalty`, `min_tokens`,
+`ignore_eos`, `stop_token_ids`.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
@@ -28,12 +30,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "min_tokens": (0,),
     "bad_words": ([],),
     "use_beam_search": (False,),
     "echo": (False,),
@@ -55,6 +52,8 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 """Fields that are refused, and the values of them that ask for nothing. null always asks for nothing."""
 
+_TOKEN_ID = re.compile(r"(0|[1-9][0-9]{0,9})\Z")
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _U32 = 2**32 - 1
 
 
@@ -95,11 +94,11 @@ def parse(body: object, *, chat: bool, request_id: str) -> OpenAiRequest:
 
 
 def _fill_sampling(sampling: pb.SamplingParams, body: Body, chat: bool) -> None:
-    for name in ("temperature", "top_p", "min_p"):
+    for name in _FLOATS:
         number = _take(body, name, _number)
         if number is not None:
             setattr(sampling, name, number)
-    for name in ("top_k", "n"):
+    for name in ("top_k", "n", "min_tokens"):
         count = _integer(body, name, -1 if name == "top_k" else 0, _U32)
         if count is not None:
             setattr(sampling, name, max(0, count))  # top_k -1 is vLLM's way to say all tokens
@@ -117,6 +116,8 @@ def _fill_sampling(sampling: pb.SamplingParams, body: Body, chat: bool) -> None:
         sampling.stop.extend([_text("stop", stop)] if isinstance(stop, str) else _list("stop", stop, _text))
     if body.get("stop_token_ids") is not None:
         sampling.stop_token_ids.extend(_list("stop_token_ids", body["stop_token_ids"], _token))
+    for token, bias in (_take(body, "logit_bias", _biases) or {}).items():
+        sampling.logit_bias[token] = bias
     logprobs = _chat_logprobs(body) if chat else _integer(body, "logprobs", 0, _U32)
     if logprobs is not None:
         sampling.logprobs = logprobs
@@ -198,6 +199,18 @@ def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30:
         raise InvalidRequest(f"{name} must be a number")
     return float(value)
+
+
+def _biases(name: str, value: object) -> dict[int, float]:
+    """JSON's keys are texts: {"50256": -100}."""
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{name} must be an object of token ids and numbers")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        if not _TOKEN_ID.match(key) or int(key) > _U32:
+            raise InvalidRequest(f"{name} must have token ids as its keys")
+        biases[int(key)] = _number(f"{name}.{key}", bias)
+    return biases
 
 
 def _flag(name: str, value: object) -> bool:

@@ -34,6 +34,10 @@ class Telemetry:
             names.GEN_AI_REQUEST_TOP_K: sampling.top_k,
             names.GEN_AI_REQUEST_CHOICES: drafted.answers,
         }
+        if sampling.presence_penalty:
+            attributes[names.GEN_AI_REQUEST_PRESENCE] = sampling.presence_penalty
+        if sampling.frequency_penalty:
+            attributes[names.GEN_AI_REQUEST_FREQUENCY] = sampling.frequency_penalty
         if drafted.max_tokens is not None:
             attributes[names.GEN_AI_REQUEST_MAX_TOKENS] = drafted.max_tokens
         if drafted.stops:

@@ -28,6 +28,10 @@ MAX_STOP_BYTES = 256
 MAX_STOP_TOKENS = 64
 MAX_CHAT_MESSAGES = 1024
 MAX_TEMPERATURE = 100.0
+MAX_REPETITION_PENALTY = 2.0
+MAX_PENALTY = 2.0  # of presence and frequency, either way
+MAX_LOGIT_BIASES = 300
+MAX_LOGIT_BIAS = 100.0  # either way
 ROLES = ("system", "user", "assistant")
 
 _REQUEST_ID = re.compile(r"[\x20-\x7e]{1,128}\Z")
@@ -85,6 +89,7 @@ def draft(request: pb.GenerateRequest, model: ModelLimits, defaults: GenerationD
     wanted = request.sampling
     temperature = wanted.temperature if wanted.HasField("temperature") else defaults.temperature
     max_tokens = _max_tokens(wanted, model)
+    repetition = wanted.repetition_penalty if wanted.HasField("repetition_penalty") else defaults.repetition_penalty
     sampling = Sampling(
         max_tokens=0,
         temperature=_number("temperature", temperature, MAX_TEMPERATURE),
@@ -93,6 +98,11 @@ def draft(request: pb.GenerateRequest, model: ModelLimits, defaults: GenerationD
         min_p=_number("min_p", wanted.min_p if wanted.HasField("min_p") else defaults.min_p, 1.0),
         stop_token_ids=_stop_tokens(wanted, model, defaults),
         logprobs=_count("logprobs", wanted.logprobs, 0, MAX_LOGPROBS) if wanted.HasField("logprobs") else None,
+        repetition_penalty=_number("repetition_penalty", repetition, MAX_REPETITION_PENALTY, zero=False),
+        presence_penalty=_either_way("presence_penalty", wanted.presence_penalty, MAX_PENALTY),
+        frequency_penalty=_either_way("frequency_penalty", wanted.frequency_penalty, MAX_PENALTY),
+        logit_bias=_logit_bias(wanted, model),
+        min_tokens=_min_tokens(wanted, max_tokens, model),
     )
     resume = request.stream.resume_after_seq
     if request.request_id:
@@ -133,6 +143,14 @@ def settle(
             f"the prompt has {prompt_tokens} tokens and max_tokens is {max_tokens}; "
             f"together they exceed the context of {model.max_model_len}"
         )
+    min_tokens = drafted.sampling.min_tokens
+    if min_tokens > room:
+        raise ContextExceeded(
+            f"the prompt has {prompt_tokens} tokens and min_tokens is {min_tokens}; "
+            f"together they exceed the context of {model.max_model_len}"
+        )
+    if min_tokens > max_tokens:
+        raise InvalidRequest(f"min_tokens is {min_tokens}; without max_tokens this model's answers have {max_tokens}")
     return [replace(drafted.sampling, max_tokens=max_tokens, seed=seed, branch=n) for n in range(drafted.answers)]
 
 
@@ -199,10 +217,34 @@ def _max_tokens(wanted: pb.SamplingParams, model: ModelLimits) -> int | None:
     return wanted.max_tokens
 
 
+def _min_tokens(wanted: pb.SamplingParams, max_tokens: int | None, model: ModelLimits) -> int:
+    if max_tokens is not None:
+        return _count("min_tokens, beside this max_tokens,", wanted.min_tokens, 0, max_tokens)
+    if wanted.min_tokens >= model.max_model_len:
+        raise ContextExceeded(
+            f"min_tokens is {wanted.min_tokens}; "
+            f"the context of {model.max_model_len} leaves at most {model.max_model_len - 1}"
+        )
+    return wanted.min_tokens
+
+
+def _logit_bias(wanted: pb.SamplingParams, model: ModelLimits) -> tuple[tuple[int, float], ...]:
+    """Rising by token; without those that change nothing."""
+    _count("the number of logit_bias entries", len(wanted.logit_bias), 0, MAX_LOGIT_BIASES)
+    biases = sorted(wanted.logit_bias.items())
+    for token, bias in biases:
+        if token >= model.vocab_size:
+            raise InvalidRequest(f"logit_bias holds token {token}; the vocabulary ends at {model.vocab_size - 1}")
+        _either_way(f"the logit_bias of token {token}", bias, MAX_LOGIT_BIAS)
+    return tuple((token, bias) for token, bias in biases if bias != 0)
+
+
 def _stop_tokens(wanted: pb.SamplingParams, model: ModelLimits, defaults: GenerationDefaults) -> frozenset[int]:
     _count("the number of stop_token_ids", len(wanted.stop_token_ids), 0, MAX_STOP_TOKENS)
     stops = frozenset(check_token_ids("stop_token_ids", wanted.stop_token_ids, model.vocab_size))
-    return stops if wanted.ignore_eos else stops | frozenset(defaults.eos_token_ids)
+    if wanted.ignore_eos:
+        return stops
+    return stops | {token for token in defaults.eos_token_ids if token < model.vocab_size}  # others never come
 
 
 def _stops(stops: Sequence[str]) -> tuple[str, ...]:
@@ -217,6 +259,12 @@ def _number(name: str, value: float, high: float, *, zero: bool = True) -> float
     if not 0.0 <= value <= high or (value == 0.0 and not zero):
         low = "from 0 to" if zero else "above 0 and at most"
         raise InvalidRequest(f"{name} must be {low} {high:g}")
+    return value
+
+
+def _either_way(name: str, value: float, most: float) -> float:
+    if not -most <= value <= most:  # NaN too
+        raise InvalidRequest(f"{name} must be from {-most:g} to {most:g}")
     return value
 
 

@@ -21,6 +21,7 @@ class GenerationDefaults:
     top_p: float = 1.0
     top_k: int = 0  # 0: all tokens
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
     max_new_tokens: int | None = None  # None: what the context leaves
 
     @classmethod
@@ -44,6 +45,7 @@ class GenerationDefaults:
             top_p=_number(values, "top_p", 1.0, low=1e-9, high=1.0, file=file),
             top_k=max(0, int(top_k)),  # -1 too means all tokens
             min_p=_number(values, "min_p", 0.0, low=0.0, high=1.0, file=file),
+            repetition_penalty=_number(values, "repetition_penalty", 1.0, low=1e-9, high=2.0, file=file),
             max_new_tokens=int(max_new_tokens) or None,
         )
 

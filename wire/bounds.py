@@ -14,6 +14,8 @@ MAX_PROMPT_TOKENS = 2**20
 MAX_BLOCKS = 2**24  # of one pool
 MAX_ITEMS = 2**16  # of any other list
 MAX_STOP_TOKENS = 1024
+MAX_LOGIT_BIASES = 1024
+MAX_LOGIT_EDIT = 1e6  # a bias or penalty, either way
 MAX_TIMEOUT_MS = 30 * 24 * 3600 * 1000
 
 

@@ -5,7 +5,7 @@ and `x_from_bytes` do the same for the shared-memory ring between a worker's ser
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -77,6 +77,11 @@ def encode_sampling(sampling: Sampling) -> link_pb2.Sampling:
         branch=sampling.branch,
         stop_token_ids=sorted(sampling.stop_token_ids),
         logprobs=sampling.logprobs,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        min_tokens=sampling.min_tokens,
     )
 
 
@@ -85,8 +90,12 @@ def decode_sampling(message: link_pb2.Sampling) -> Sampling:
     if top_p == 0.0:
         raise InvalidRequest("top_p must be above 0")
     logprobs = bounds.at_most(message.logprobs, MAX_LOGPROBS, "logprobs") if message.HasField("logprobs") else None
+    max_tokens = bounds.at_most(message.max_tokens, bounds.MAX_TOKEN_ID, "max_tokens", least=1)
+    repetition = message.repetition_penalty if message.HasField("repetition_penalty") else 1.0
+    if repetition == 0.0:
+        raise InvalidRequest("repetition_penalty must be above 0")
     return Sampling(
-        max_tokens=bounds.at_most(message.max_tokens, bounds.MAX_TOKEN_ID, "max_tokens", least=1),
+        max_tokens=max_tokens,
         temperature=bounds.number(message.temperature, "temperature"),
         top_p=top_p,
         top_k=bounds.at_most(message.top_k, bounds.MAX_TOKEN_ID, "top_k"),
@@ -95,7 +104,21 @@ def decode_sampling(message: link_pb2.Sampling) -> Sampling:
         branch=bounds.at_most(message.branch, bounds.MAX_ITEMS, "branch"),
         stop_token_ids=frozenset(bounds.integers(message.stop_token_ids, "stop_token_ids", bounds.MAX_STOP_TOKENS)),
         logprobs=logprobs,
+        repetition_penalty=bounds.number(repetition, "repetition_penalty", high=bounds.MAX_LOGIT_EDIT),
+        presence_penalty=_logit_edit(message.presence_penalty, "presence_penalty"),
+        frequency_penalty=_logit_edit(message.frequency_penalty, "frequency_penalty"),
+        logit_bias=_decode_logit_bias(message.logit_bias),
+        min_tokens=bounds.at_most(message.min_tokens, max_tokens, "min_tokens"),
     )
+
+
+def _decode_logit_bias(biases: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
+    bounds.integers(tuple(biases), "logit_bias", bounds.MAX_LOGIT_BIASES)
+    return tuple((token, _logit_edit(bias, "logit_bias")) for token, bias in sorted(biases.items()))
+
+
+def _logit_edit(value: float, field: str) -> float:
+    return bounds.number(value, field, low=-bounds.MAX_LOGIT_EDIT, high=bounds.MAX_LOGIT_EDIT)
 
 
 def encode_request(request: Request) -> link_pb2.Admit:

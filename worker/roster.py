@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 from ..core.errors import BatonError, ContextExceeded, InvalidRequest, Overloaded, Unavailable
 from ..core.ids import SequenceId
-from ..core.request import Ended, EndReason, Request
+from ..core.request import Ended, EndReason, Request, Sampling
 
 
 @dataclass(slots=True)
@@ -87,8 +87,8 @@ class Roster(Generic[M]):
         limits, length = self._limits, len(request.prompt) + request.sampling.max_tokens
         if self.draining:
             return Unavailable("the worker is draining")
-        if max(request.prompt) >= limits.vocab_size:
-            return InvalidRequest(f"the prompt holds a token beyond the model's {limits.vocab_size}")
+        if any(token >= limits.vocab_size for token in (max(request.prompt), *_edited_tokens(request.sampling))):
+            return InvalidRequest(f"the request holds a token beyond the model's {limits.vocab_size}")
         if length > limits.max_model_len:
             return ContextExceeded(
                 f"prompt and answer are {length} tokens together, the model's context holds {limits.max_model_len}"
@@ -100,6 +100,12 @@ class Roster(Generic[M]):
         if len(self.waiting) >= limits.max_waiting:
             return Overloaded(f"{limits.max_waiting} sequences wait at the worker already")
         return None
+
+
+def _edited_tokens(sampling: Sampling) -> set[int]:
+    """Those whose logits are changed, whatever is in prompt and answer."""
+    biased = {token for token, _ in sampling.logit_bias}
+    return biased | sampling.stop_token_ids if sampling.min_tokens else biased
 
 
 def failed(sequence_id: SequenceId, error: BatonError) -> Ended:

@@ -90,3 +90,43 @@ def test_greedy_tokens_equal_those_of_transformers(cluster: Cluster, at_once: in
     near_ties = sum(check(index, tokens) for index, tokens in enumerate(answers))
     print(f"{at_once} at once: 50 prompts, {near_ties} near-ties under {EPSILON}")
     assert near_ties <= 2
+
+
+def test_with_a_repetition_penalty_too(cluster: Cluster) -> None:
+    """Prefill penalises token 0, decode the rest: neither may lose count."""
+    sampling = pb.SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, repetition_penalty=1.25)
+    asked, chosen = prompts(), range(1, 50, 5)
+
+    def answer(index: int) -> list[int]:
+        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=asked[index]), sampling=sampling)
+        return [
+            token for r in stub.Generate(request, timeout=120) for output in r.outputs for token in output.token_ids
+        ]
+
+    with grpc.insecure_channel(cluster.grpc_address) as channel, ThreadPoolExecutor(8) as pool:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        answers = list(pool.map(answer, chosen))
+    near_ties = changed = 0
+    for index, tokens in zip(chosen, answers, strict=True):
+        prompt = torch.tensor([asked[index]])
+        out = reference_model().generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            eos_token_id=None,
+            do_sample=False,
+            pad_token_id=0,
+            repetition_penalty=1.25,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        expected = out.sequences[0, prompt.shape[1] :].tolist()
+        changed += expected != reference(index)
+        if tokens != expected:
+            position = next(i for i, pair in enumerate(zip(tokens, expected, strict=True)) if pair[0] != pair[1])
+            best = out.scores[position][0].topk(2).values
+            assert float(best[0] - best[1]) < EPSILON, f"prompt {index} differs at token {position}"
+            near_ties += 1
+    assert near_ties <= 1
+    assert changed >= 5

@@ -12,6 +12,7 @@ from torch import Tensor
 from baton.core.ids import SequenceId
 from baton.core.request import Sampling
 from baton.engine.engine import Engine
+from baton.engine.logit_edits import LogitEdits, edited
 from baton.engine.sequence import Sequence
 
 VOCABULARY = 211
@@ -132,3 +133,25 @@ def test_answers_in_bfloat16_stay_near_the_best(checkpoint: Callable[..., Path],
         best, mean = logits.max(-1).values, logits.mean(-1)
         chosen = logits[torch.arange(NEW_TOKENS), seq.tokens]
         assert ((best - chosen) < 0.25 * (best - mean)).all(), seq.sequence_id
+
+
+def test_edited_logits_are_those_of_the_cpu(gpu: torch.device) -> None:
+    params = Sampling(
+        max_tokens=99,
+        repetition_penalty=1.3,
+        presence_penalty=0.5,
+        frequency_penalty=-0.25,
+        logit_bias=((3, 9.0),),
+        min_tokens=99,
+        stop_token_ids=frozenset({7}),
+    )
+    dice = random_numbers.Random(1)
+    edits: list[LogitEdits | None] = []
+    for index in range(64):
+        seq = Sequence(SequenceId(f"r/{index}"), tuple(dice.choices(range(VOCABULARY), k=50)), params)
+        for token in dice.choices(range(VOCABULARY), k=index):
+            seq.append(token)
+        edits.append(seq.edits if index % 3 else None)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = (torch.randn(64, VOCABULARY, generator=torch.Generator().manual_seed(2)) * 5).to(dtype)
+        torch.testing.assert_close(edited(logits.to(gpu), edits).cpu(), edited(logits, edits))

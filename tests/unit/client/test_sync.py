@@ -25,6 +25,21 @@ def test_a_stream_is_put_together(router: ScriptedRouter, address: str) -> None:
     assert router.asked[0].sampling.max_tokens == 2
 
 
+def test_penalties_bias_and_min_tokens_are_sent_where_they_are_given(router: ScriptedRouter, address: str) -> None:
+    router.scripts = [[message(1, "a"), message(1, last=True)]] * 2
+    sampling = Sampling(repetition_penalty=1.25, frequency_penalty=-0.5, logit_bias={7: -100.0}, min_tokens=0)
+    with client(address) as ask:
+        ask.generate("x", sampling=sampling)
+        ask.generate("x")
+        with pytest.raises(errors.InvalidRequest):
+            ask.generate("x", sampling=Sampling(logit_bias={-1: 1.0}))
+    sent, plain = (request.sampling for request in router.asked)
+    assert (sent.repetition_penalty, sent.frequency_penalty, dict(sent.logit_bias)) == (1.25, -0.5, {7: -100.0})
+    assert sent.HasField("min_tokens")
+    assert not sent.HasField("presence_penalty")
+    assert [field.name for field, _ in plain.ListFields()] == ["seed"]
+
+
 def test_a_broken_stream_goes_on_where_it_stopped_with_its_id_and_seed(router: ScriptedRouter, address: str) -> None:
     router.scripts = [
         [message(1, "a"), message(2, "b"), Break(UNAVAILABLE)],

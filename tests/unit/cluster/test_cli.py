@@ -82,6 +82,24 @@ def test_generate_prints_the_answer_and_sends_what_was_asked_for(
     assert router.metadata[0]["authorization"] == "Bearer k"
 
 
+def test_penalties_are_sent_as_given(router: ScriptedRouter, address: str) -> None:
+    router.scripts = [[message(1, "a"), message(1, last=True)]]
+    flags = [
+        "--repetition-penalty",
+        "1.25",
+        "--presence-penalty",
+        "-0.5",
+        "--frequency-penalty",
+        "0",
+        "--min-tokens",
+        "9",
+    ]
+    assert cli.main(["generate", "--address", address, *flags, "x"]) == 0
+    sent = router.asked[0].sampling
+    assert (sent.repetition_penalty, sent.presence_penalty, sent.frequency_penalty) == (1.25, -0.5, 0.0)
+    assert (sent.min_tokens, sent.HasField("frequency_penalty")) == (9, True)
+
+
 def test_a_refusal_is_one_line_and_exit_code_two(
     router: ScriptedRouter, address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -156,16 +156,25 @@ async def test_sampling_reaches_the_workers(bench: Bench, client: httpx.AsyncCli
     assert (sampling.seed, sampling.max_tokens) == (2**64 - 1, 4)
 
 
+async def test_penalties_bias_and_min_tokens_reach_the_workers(bench: Bench, client: httpx.AsyncClient) -> None:
+    penalties = {"presence_penalty": -0.5, "frequency_penalty": 1, "repetition_penalty": 1.25}
+    fields = {**penalties, "logit_bias": {"5": -100, "0": 1.5}, "min_tokens": 3, "max_tokens": 4}
+    response = await client.post(CHAT, json={**HI, **fields})
+    assert response.status_code == 200, response.text
+    request = bench.workers.prefills[0].request
+    assert request
+    sampling = request.sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (-0.5, 1.0, 1.25)
+    assert (sampling.logit_bias, sampling.min_tokens) == (((0, 1.5), (5, -100.0)), 3)
+
+
 UNSUPPORTED: list[tuple[str, object]] = [
     ("tools", [{"type": "function"}]),
     ("tool_choice", "required"),
     ("functions", [{"name": "f"}]),
     ("function_call", {"name": "f"}),
     ("response_format", {"type": "json_object"}),
-    ("logit_bias", {"5": 1}),
-    ("presence_penalty", 0.5),
-    ("frequency_penalty", -1),
-    ("repetition_penalty", 1.1),
+    ("length_penalty", 1.1),
     ("echo", True),
     ("suffix", "x"),
     ("best_of", 2),
@@ -194,6 +203,8 @@ async def test_what_asks_for_nothing_is_let_pass(client: httpx.AsyncClient) -> N
         "response_format": {"type": "text"},
         "logit_bias": {},
         "presence_penalty": 0.0,
+        "repetition_penalty": 1,
+        "min_tokens": 0,
         "echo": False,
     }
     nulls = dict.fromkeys(["suffix", "stop", "seed", "n", "temperature", "max_tokens", "stream", "logprobs", "audio"])
@@ -228,6 +239,23 @@ BAD: list[tuple[str, str, Any, int]] = [
     ("temperature a text", TEXT, {"prompt": "x", "temperature": "hot"}, 400),
     ("temperature huge", TEXT, {"prompt": "x", "temperature": 1e300}, 400),
     ("temperature below 0", TEXT, {"prompt": "x", "temperature": -1}, 400),
+    ("presence_penalty 2.5", TEXT, {"prompt": "x", "presence_penalty": 2.5}, 400),
+    ("frequency_penalty a text", TEXT, {"prompt": "x", "frequency_penalty": "1"}, 400),
+    ("repetition_penalty 0", TEXT, {"prompt": "x", "repetition_penalty": 0}, 400),
+    ("logit_bias a list", TEXT, {"prompt": "x", "logit_bias": [5]}, 400),
+    ("logit_bias of a word", TEXT, {"prompt": "x", "logit_bias": {"word": 1}}, 400),
+    ("logit_bias of a token below 0", TEXT, {"prompt": "x", "logit_bias": {"-1": 1}}, 400),
+    ("logit_bias of a token in other digits", TEXT, {"prompt": "x", "logit_bias": {"\u0665": 1}}, 400),
+    ("logit_bias of a token twice", TEXT, {"prompt": "x", "logit_bias": {"5": 1, "05": 2}}, 400),
+    ("logit_bias of a token beyond 32 bits", TEXT, {"prompt": "x", "logit_bias": {"4294967296": 1}}, 400),
+    ("logit_bias of a token beyond the vocabulary", TEXT, {"prompt": "x", "logit_bias": {"999": 1}}, 400),
+    ("logit_bias of a huge key", TEXT, {"prompt": "x", "logit_bias": {"9" * 9000: 1}}, 400),
+    ("logit_bias true", TEXT, {"prompt": "x", "logit_bias": {"5": True}}, 400),
+    ("logit_bias null", TEXT, {"prompt": "x", "logit_bias": {"5": None}}, 400),
+    ("logit_bias 101", TEXT, {"prompt": "x", "logit_bias": {"5": 101}}, 400),
+    ("min_tokens above max_tokens", TEXT, {"prompt": "x", "min_tokens": 3, "max_tokens": 2}, 400),
+    ("min_tokens above the default of max_tokens", TEXT, {"prompt": "x", "min_tokens": 17}, 400),
+    ("min_tokens below 0", TEXT, {"prompt": "x", "min_tokens": -1}, 400),
     ("n 0", TEXT, {"prompt": "x", "n": 0}, 400),
     ("n 17", TEXT, {"prompt": "x", "n": 17}, 400),
     ("stop of numbers", TEXT, {"prompt": "x", "stop": [1]}, 400),

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 
-from baton.core.errors import BatonError
+from baton.core.errors import BatonError, ContextExceeded, InvalidRequest
 from baton.core.request import Sampling
 from baton.router.validation import Draft, ModelLimits, check_request_id, draft, settle
 from baton.text.generation_config import GenerationDefaults
@@ -53,11 +53,52 @@ def model(name: str) -> pb.GenerateRequest:
 
 FLOATS = [
     (name, value)
-    for name in ("temperature", "top_p", "min_p")
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty")
     for value in (math.nan, math.inf, -math.inf, -1e-3, -1.0, -3e38, 101.0, 1e30, 3e38, -math.nan)
+]
+PENALTIES = [
+    (name, value)
+    for name in ("presence_penalty", "frequency_penalty")
+    for value in (math.nan, math.inf, -math.inf, 2.001, -2.001, 3e38, -3e38)
 ]
 CASES: list[tuple[str, pb.GenerateRequest, grpc.StatusCode | None]] = [
     *[(f"{name} {value} ({at})", sampling(**{name: value}), INVALID) for at, (name, value) in enumerate(FLOATS)],
+    *[(f"{name} {value} ({at})", sampling(**{name: value}), INVALID) for at, (name, value) in enumerate(PENALTIES)],
+    *[
+        (f"{name} {value}", sampling(**{name: value}), OK)
+        for name in ("presence_penalty", "frequency_penalty")
+        for value in (-2.0, -0.0, 0.0, 1e-30, 2.0)
+    ],
+    ("repetition_penalty 0", sampling(repetition_penalty=0.0), INVALID),
+    ("repetition_penalty tiny", sampling(repetition_penalty=1e-30), OK),
+    ("repetition_penalty 1", sampling(repetition_penalty=1.0), OK),
+    ("repetition_penalty 2", sampling(repetition_penalty=2.0), OK),
+    ("repetition_penalty a hair over 2", sampling(repetition_penalty=2.001), INVALID),
+    *[
+        (f"a logit_bias of {bias}", sampling(logit_bias={5: bias}), OK if -100 <= bias <= 100 else INVALID)
+        for bias in (-100.0, 0.0, 100.0, 100.1, -100.1, 3e38, math.nan, math.inf, -math.inf)
+    ],
+    *[
+        (f"a logit_bias of token {token}", sampling(logit_bias={token: 1.0}), OK if token < VOCAB else INVALID)
+        for token in (0, VOCAB - 1, VOCAB, U32)
+    ],
+    *[
+        (
+            f"{count} logit biases",
+            sampling(logit_bias=dict.fromkeys(range(count), 1.0)),
+            OK if count <= 300 else INVALID,
+        )
+        for count in (0, 1, 299, 300, 301, 4000)
+    ],
+    ("a bad logit_bias among good ones", sampling(logit_bias={**dict.fromkeys(range(9), 1.0), 4: 101.0}), INVALID),
+    ("min_tokens 0", sampling(min_tokens=0), OK),
+    ("min_tokens of max_tokens", sampling(min_tokens=7, max_tokens=7), OK),
+    ("min_tokens above max_tokens", sampling(min_tokens=8, max_tokens=7), INVALID),
+    ("min_tokens at the type's end, above max_tokens", sampling(min_tokens=U32, max_tokens=7), INVALID),
+    ("min_tokens that fill the context", sampling(min_tokens=CONTEXT - 2), OK),
+    ("min_tokens one too many", sampling(min_tokens=CONTEXT - 1), RANGE),
+    ("min_tokens of the context", sampling(min_tokens=CONTEXT), RANGE),
+    ("min_tokens at the type's end", sampling(min_tokens=U32), RANGE),
     ("max_tokens 0", sampling(max_tokens=0), INVALID),
     ("max_tokens 1", sampling(max_tokens=1), OK),
     ("max_tokens that fill the context", sampling(max_tokens=CONTEXT - 2), OK),
@@ -194,18 +235,38 @@ def test_the_model_s_own_defaults_come_before_those() -> None:
     model_s = replace(DEFAULTS, temperature=0.6, top_p=0.9, top_k=50, min_p=0.1, max_new_tokens=100)
     (only,) = settled(ids(5), defaults=model_s)
     assert (only.temperature, only.top_p, only.top_k, only.min_p, only.max_tokens) == (0.6, 0.9, 50, 0.1, 100)
+    assert settled(ids(5), defaults=replace(DEFAULTS, repetition_penalty=1.1))[0].repetition_penalty == 1.1
     (near_the_end,) = settled(ids(5), prompt=CONTEXT - 3, defaults=model_s)
     assert near_the_end.max_tokens == 3
 
 
 def test_what_the_client_says_comes_before_all_defaults_zero_too() -> None:
-    model_s = replace(DEFAULTS, temperature=0.6, top_k=50, min_p=0.1)
-    (only,) = settled(sampling(temperature=0, top_k=0, min_p=0), defaults=model_s)
-    assert (only.temperature, only.top_k, only.min_p) == (0.0, 0, 0.0)
+    model_s = replace(DEFAULTS, temperature=0.6, top_k=50, min_p=0.1, repetition_penalty=1.1)
+    (only,) = settled(sampling(temperature=0, top_k=0, min_p=0, repetition_penalty=1), defaults=model_s)
+    assert (only.temperature, only.top_k, only.min_p, only.repetition_penalty) == (0.0, 0, 0.0, 1.0)
 
 
 def test_top_k_beyond_the_vocabulary_is_all_of_it() -> None:
     assert settled(sampling(top_k=U32))[0].top_k == VOCAB
+
+
+def test_biases_rise_by_token_and_those_of_nothing_are_left_out() -> None:
+    (only,) = settled(sampling(logit_bias={9: 1.5, 3: -100.0, 5: 0.0}))
+    assert only.logit_bias == ((3, -100.0), (9, 1.5))
+
+
+def test_min_tokens_must_fit_what_an_answer_may_have_without_max_tokens() -> None:
+    brief = replace(DEFAULTS, max_new_tokens=20)
+    assert settled(sampling(min_tokens=20), defaults=brief)[0].min_tokens == 20
+    with pytest.raises(InvalidRequest, match="min_tokens is 21"):
+        settled(sampling(min_tokens=21), defaults=brief)
+    with pytest.raises(ContextExceeded, match="min_tokens is 50"):
+        settled(sampling(min_tokens=50), prompt=CONTEXT - 49)
+
+
+def test_an_end_of_sequence_beyond_the_vocabulary_never_comes_and_is_left_out() -> None:
+    odd = replace(DEFAULTS, eos_token_ids=frozenset({2, VOCAB}))
+    assert settled(ids(5), defaults=odd)[0].stop_token_ids == {2}
 
 
 def test_n_answers_differ_in_their_branch_alone() -> None:
@@ -230,6 +291,12 @@ def test_the_digest_is_of_the_request_and_not_of_its_name_or_stream() -> None:
     assert drafted(one).digest == drafted(other).digest
     other.sampling.seed = 0
     assert drafted(one).digest != drafted(other).digest
+
+
+def test_the_digest_does_not_depend_on_the_order_of_biases() -> None:
+    biases = {token: float(token % 9) for token in range(300)}
+    turned = dict(reversed(biases.items()))
+    assert drafted(sampling(logit_bias=biases)).digest == drafted(sampling(logit_bias=turned)).digest
 
 
 def test_a_valid_request_id_is_given_back() -> None:

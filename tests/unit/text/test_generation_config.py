@@ -23,12 +23,19 @@ def test_values_of_the_file_are_the_defaults(tmp_path: Path) -> None:
         "top_p": 0.9,
         "top_k": 20,
         "min_p": 0.05,
+        "repetition_penalty": 1.1,
         "max_new_tokens": 64,
         "eos_token_id": [2, 3],
     }
     defaults = GenerationDefaults.from_dir(write(tmp_path, generation_config=values))
     assert defaults == GenerationDefaults(
-        eos_token_ids=frozenset({2, 3}), temperature=0.6, top_p=0.9, top_k=20, min_p=0.05, max_new_tokens=64
+        eos_token_ids=frozenset({2, 3}),
+        temperature=0.6,
+        top_p=0.9,
+        top_k=20,
+        min_p=0.05,
+        repetition_penalty=1.1,
+        max_new_tokens=64,
     )
 
 
@@ -66,6 +73,8 @@ def test_no_positive_top_k_means_all_tokens(tmp_path: Path, top_k: int) -> None:
         {"top_p": 0},
         {"top_p": 1.5},
         {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": 2.5},
         {"top_k": -2},
         {"max_new_tokens": -1},
         {"eos_token_id": "</s>"},

@@ -50,6 +50,11 @@ SAMPLINGS = st.builds(
     branch=st.integers(0, 1000),
     stop_token_ids=st.frozensets(TOKENS, max_size=8),
     logprobs=st.none() | st.integers(0, 20),
+    repetition_penalty=floats32(0, 2).filter(lambda penalty: penalty > 0),
+    presence_penalty=floats32(-2, 2),
+    frequency_penalty=floats32(-2, 2),
+    logit_bias=st.dictionaries(TOKENS, floats32(-100, 100), max_size=8).map(lambda bias: tuple(sorted(bias.items()))),
+    min_tokens=st.integers(0, 1),
 )
 REQUESTS = st.builds(
     Request,
@@ -223,7 +228,11 @@ DECODERS: list[Callable[[bytes], object]] = [
 SAMPLES: list[bytes] = [
     codec.commands_to_bytes(
         [
-            Request(sequence_id=SequenceId("r/0"), prompt=(1, 2, 300), sampling=Sampling(max_tokens=5, logprobs=2)),
+            Request(
+                sequence_id=SequenceId("r/0"),
+                prompt=(1, 2, 300),
+                sampling=Sampling(max_tokens=5, logprobs=2, logit_bias=((3, 1.5),), min_tokens=2),
+            ),
             f.Release(sequence_id=SequenceId("r/1")),
         ]
     ),
@@ -295,6 +304,18 @@ def a_ticket(**changes: object) -> kv_pb2.Ticket:
         an_admit(sampling=link_pb2.Sampling(top_p=1.5)),
         an_admit(sampling=link_pb2.Sampling(min_p=-0.5)),
         an_admit(sampling=link_pb2.Sampling(logprobs=21)),
+        an_admit(sampling=link_pb2.Sampling(repetition_penalty=0)),
+        an_admit(sampling=link_pb2.Sampling(repetition_penalty=-1)),
+        an_admit(sampling=link_pb2.Sampling(repetition_penalty=math.nan)),
+        an_admit(sampling=link_pb2.Sampling(presence_penalty=math.inf)),
+        an_admit(sampling=link_pb2.Sampling(presence_penalty=-2e6)),
+        an_admit(sampling=link_pb2.Sampling(frequency_penalty=math.nan)),
+        an_admit(sampling=link_pb2.Sampling(frequency_penalty=2e6)),
+        an_admit(sampling=link_pb2.Sampling(logit_bias={1: math.nan})),
+        an_admit(sampling=link_pb2.Sampling(logit_bias={1: -math.inf})),
+        an_admit(sampling=link_pb2.Sampling(logit_bias={2**31: 1})),
+        an_admit(sampling=link_pb2.Sampling(logit_bias=dict.fromkeys(range(bounds.MAX_LOGIT_BIASES + 1), 1))),
+        an_admit(sampling=link_pb2.Sampling(min_tokens=2)),
         an_admit(sampling=link_pb2.Sampling(max_tokens=2**31)),
         an_admit(sampling=link_pb2.Sampling(stop_token_ids=[1] * (bounds.MAX_STOP_TOKENS + 1))),
         link_pb2.Admit(sequence_id="r", prompt=[1]),
@@ -304,6 +325,10 @@ def test_an_admit_out_of_bounds_is_refused(message: link_pb2.Admit) -> None:
     codec.decode_admit(an_admit())
     with pytest.raises(InvalidRequest):
         codec.decode_admit(message)
+
+
+def test_a_router_that_knows_no_repetition_penalty_asks_for_none() -> None:
+    assert codec.decode_admit(an_admit()).sampling.repetition_penalty == 1.0
 
 
 @pytest.mark.parametrize(

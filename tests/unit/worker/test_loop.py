@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from baton.core.frames import Release
-from baton.core.request import EndReason
+from baton.core.request import EndReason, Request, Sampling
+from baton.engine.sequence import Sequence
 from baton.observe import names
 from baton.wire.codec import frame_from_bytes
 from baton.worker.records import Kind
 from baton.worker.ring import RingFull
 
-from ...fakes import answer
+from ...fakes import answer, fake_engine
 from ...workers import HANDOVER_S, Pair
 
 
@@ -340,4 +341,60 @@ def test_a_token_beyond_the_vocabulary_ends_its_request_alone(pair: Pair) -> Non
     pair.settle()
     assert [ended.error_code for ended in pair.seen[bad].ended.values()] == ["InvalidRequest", "InvalidRequest"]
     assert pair.seen[good].answer == answer([1, 96], 5)
+    pair.assert_clean()
+
+
+def edited_sampling(number: int, count: int) -> Sampling:
+    dice = random.Random(number)
+    return Sampling(
+        max_tokens=count,
+        temperature=dice.choice([0.0, 2.0]),
+        seed=number,
+        repetition_penalty=dice.choice([1.0, 1.8]),
+        presence_penalty=dice.choice([0.0, 1.5]),
+        frequency_penalty=dice.choice([0.0, 2.0, -0.5]),
+        logit_bias=dice.choice([(), ((5, 9.5), (6, -100.0))]),
+        min_tokens=dice.choice([0, 1, min(6, count)]),
+        stop_token_ids=frozenset(dice.choices(range(97), k=8)),
+    )
+
+
+def on_one_engine(request: Request) -> list[int]:
+    engine, sequence = fake_engine(), Sequence.of(request)
+    engine.start(sequence, sequence.max_length)
+    engine.step([(sequence, sequence.remaining)], [])
+    while sequence.end_reason() is None:
+        engine.step([], [sequence])
+    return sequence.tokens
+
+
+def test_penalties_bias_and_min_tokens_give_the_answers_of_one_engine(pair: Pair) -> None:
+    wanted = {}
+    for i in range(40):
+        request = pair.request(f"r{i}", prompt_of(i, 1 + i * 3), 0)
+        request = replace(request, sampling=edited_sampling(i, 2 + i % 30))
+        wanted[request.sequence_id] = on_one_engine(request)
+        pair.p.send(request)
+        pair.d.send(request)
+    pair.settle(2000)
+    assert {key: pair.seen[key].answer for key in wanted} == wanted
+    plain = [answer(prompt_of(i, 1 + i * 3), len(answered)) for i, answered in enumerate(wanted.values())]
+    assert sum(answered != free for answered, free in zip(wanted.values(), plain, strict=True)) > 20
+    pair.assert_clean()
+
+
+def test_edits_of_tokens_beyond_the_vocabulary_are_refused(pair: Pair) -> None:
+    request = pair.request("a", [1, 2], 5)
+    bad = [
+        replace(request.sampling, logit_bias=((97, 1.0),)),
+        replace(request.sampling, min_tokens=2, stop_token_ids=frozenset({3, 97})),
+    ]
+    for sampling in bad:
+        refused = replace(request, sampling=sampling)
+        pair.p.send(refused)
+        pair.settle()
+        assert pair.seen.pop(request.sequence_id).ended["P"].error_code == "InvalidRequest"
+    harmless = pair.admit("b", [1, 2], 5, stops=frozenset({97}))
+    pair.settle()
+    assert pair.seen[harmless].answer == answer([1, 2], 5)
     pair.assert_clean()
