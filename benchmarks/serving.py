@@ -14,6 +14,7 @@ kept. `steps/s`: new tokens of the longest request over the seconds. Greedy, end
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import platform
@@ -23,9 +24,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +35,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the cluster helper of the end-to-end tests
 CHUNK = 512  # prompt tokens per prefill step
-SIDES = ("transformers", "engine", "cluster")
+THREADS = (1, 2)  # of torch: each side runs with both, in the cluster for each rank
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class Workload:
     name: str
     prompts: list[list[int]]
     new_tokens: list[int]
+
+
+Cell = tuple[str, int]  # side, threads
+Run = Callable[[Workload], None]
 
 
 @dataclass(frozen=True)
@@ -128,24 +134,28 @@ def engine_side(model_dir: Path, dtype: torch.dtype) -> Callable[[Workload], Non
 
 def cluster_side(address: str) -> Callable[[Workload], None]:
     import grpc
+    import uvloop
 
     from baton.v1 import inference_pb2 as pb
     from baton.v1 import inference_pb2_grpc
 
-    channel = grpc.insecure_channel(address)
-    stub = inference_pb2_grpc.InferenceServiceStub(channel)
-
-    def one(prompt: list[int], new: int) -> int:
+    async def one(stub: inference_pb2_grpc.InferenceServiceAsyncStub, prompt: list[int], new: int) -> int:
         request = pb.GenerateRequest(
             token_ids=pb.TokenIds(ids=prompt),
             sampling=pb.SamplingParams(max_tokens=new, temperature=0, ignore_eos=True),
         )
-        return sum(len(out.token_ids) for answer in stub.Generate(request, timeout=600) for out in answer.outputs)
+        count = 0
+        async for answer in stub.Generate(request, timeout=600):
+            count += sum(len(output.token_ids) for output in answer.outputs)
+        return count
+
+    async def all_of(work: Workload) -> list[int]:
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+            return await asyncio.gather(*(one(stub, *pair) for pair in zip(work.prompts, work.new_tokens, strict=True)))
 
     def run(work: Workload) -> None:
-        with ThreadPoolExecutor(len(work.prompts)) as pool:
-            counts = list(pool.map(one, work.prompts, work.new_tokens))
-        assert counts == work.new_tokens
+        assert uvloop.run(all_of(work)) == work.new_tokens
 
     return run
 
@@ -156,20 +166,26 @@ def timed(run: Callable[[Workload], None], work: Workload) -> float:
     return time.perf_counter() - begin
 
 
-def measure(sides: dict[str, Callable[[Workload], None]], work: Workload, rounds: int) -> dict[tuple[str, int], float]:
-    """Median seconds by (side, threads). The cluster's threads are its own workers' affair: 1 each."""
-    cells = [(side, threads) for side in sides for threads in ((1,) if side == "cluster" else (1, 2))]
-    seconds: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
+def with_threads(threads: int, run: Run) -> Run:
+    def runs(work: Workload) -> None:
+        torch.set_num_threads(threads)
+        run(work)
+
+    return runs
+
+
+def measure(cells: dict[Cell, Run], work: Workload, rounds: int) -> dict[Cell, float]:
+    """Median seconds of each cell."""
+    seconds: dict[Cell, list[float]] = {cell: [] for cell in cells}
     for round_number in range(rounds + 1):
-        for side, threads in cells:
-            torch.set_num_threads(threads)
-            took = timed(sides[side], work)
+        for cell, run in cells.items():
+            took = timed(run, work)
             if round_number:  # the first round warms up
-                seconds[side, threads].append(took)
+                seconds[cell].append(took)
     return {cell: statistics.median(times) for cell, times in seconds.items()}
 
 
-def rows_of(work: Workload, seconds: dict[tuple[str, int], float]) -> list[Row]:
+def rows_of(work: Workload, seconds: dict[Cell, float]) -> list[Row]:
     best = {side: min((cell for cell in seconds if cell[0] == side), key=seconds.__getitem__) for side, _ in seconds}
     peer = seconds[best["transformers"]]
     return [
@@ -228,28 +244,23 @@ def main() -> None:
     from transformers import AutoConfig
 
     works = workloads(AutoConfig.from_pretrained(args.model).vocab_size)
-    sides = {
-        "transformers": transformers_side(args.model, getattr(torch, args.dtype)),
-        "engine": engine_side(args.model, getattr(torch, args.dtype)),
-    }
+    peer, engine = (side(args.model, getattr(torch, args.dtype)) for side in (transformers_side, engine_side))
+    cells: dict[Cell, Run] = {}
+    for threads in THREADS:
+        cells["transformers", threads] = with_threads(threads, peer)
+        cells["engine", threads] = with_threads(threads, engine)
     rows: list[Row] = []
+    with ExitStack() as clusters:
+        for threads in () if args.no_cluster else THREADS:
+            from tests.e2e.cluster import serve
 
-    def run_all() -> None:
+            folder = Path(clusters.enter_context(tempfile.TemporaryDirectory()))
+            flags = ("--model", str(args.model), "--dtype", args.dtype, "--threads", str(threads))
+            cluster = clusters.enter_context(serve(folder, *flags))
+            cells["cluster", threads] = cluster_side(cluster.grpc_address)
         for work in works:
-            rows.extend(rows_of(work, measure(sides, work, args.rounds)))
+            rows.extend(rows_of(work, measure(cells, work, args.rounds)))
             print(f"measured: {work.name}", flush=True)
-
-    if args.no_cluster:
-        run_all()
-    else:
-        from tests.e2e.cluster import serve
-
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            serve(Path(folder), "--model", str(args.model), "--dtype", args.dtype, "--threads", "1") as cluster,
-        ):
-            sides["cluster"] = cluster_side(cluster.grpc_address)
-            run_all()
     print_table(rows)
     if args.json:
         args.json.write_text(
