@@ -81,14 +81,16 @@ def _is_free(host: str, port: int, flag: str) -> bool:
 
 def measure_model(directory: Path, dtype: str) -> ModelSize:
     """Read config.json and the sizes of the weights. Raises ConfigError for what is not a decoder-only checkpoint."""
+    kind = ""
     try:
         config = read_json(directory / "config.json")
+        kind = f" ({', '.join(map(str, config.get('architectures') or ['it names no architecture']))})"
         attention = read_attention(config)
         longest = int(config["max_position_embeddings"])
     except (ConfigError, ValueError, KeyError, TypeError) as error:
         reason = str(error).rstrip(".") if isinstance(error, ConfigError) else repr(error)
         raise ConfigError(
-            f"{directory / 'config.json'} is not that of a Llama, Mistral or Qwen checkpoint: {reason}."
+            f"{directory / 'config.json'}{kind} is not that of a Llama, Mistral, Mixtral or Qwen checkpoint: {reason}."
         ) from None
     stored = stored_dtype(config)
     runs = memory_plan.run_dtype(dtype, stored)
