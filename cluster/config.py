@@ -99,7 +99,9 @@ def _keys(name: str, text: object) -> tuple[str, ...]:
 
 
 SETTINGS: tuple[Setting, ...] = (
-    Setting("model", parse_text, "directory or Hugging Face id of a Llama, Mistral, Mixtral or Qwen checkpoint", "PATH|ID"),
+    Setting(
+        "model", parse_text, "directory or Hugging Face id of a Llama, Mistral, Mixtral or Qwen checkpoint", "PATH|ID"
+    ),
     Setting("served_name", parse_text, "name that clients call the model by (default: its directory's)", "NAME"),
     Setting("prefill", _count(1, 64), "prefill workers, which read prompts (default: 1)", "N"),
     Setting("decode", _count(1, 64), "decode workers, which write answers (default: 1)", "N"),
