@@ -54,20 +54,22 @@ class Ring:
         # Made under another name first: who can open `path` finds it whole.
         half = path.with_name(path.name + ".half")
         file = os.open(half, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.truncate(file, _DATA + capacity)
-            os.pwrite(file, struct.pack("=Q", capacity), _CAPACITY)
-            os.pwrite(file, struct.pack("=Q", os.getpid() if writer else 0), _PID)
-        finally:
-            os.close(file)
+        os.truncate(file, _DATA + capacity)
+        os.pwrite(file, struct.pack("=Q", capacity), _CAPACITY)
+        os.pwrite(file, struct.pack("=Q", os.getpid() if writer else 0), _PID)
+        ring = cls._of(path, file)  # opened before it is seen: the peer removes the names as soon as it has opened them
         os.link(half, path)
         os.unlink(half)
-        return cls.open(path)
+        return ring
 
     @classmethod
     def open(cls, path: Path) -> Self:
         """Raises FileNotFoundError before `create` has finished."""
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return cls._of(path, os.open(path, os.O_RDWR | os.O_CLOEXEC))
+
+    @classmethod
+    def _of(cls, path: Path, file: int) -> Self:
+        """Takes over the descriptor `file`."""
         try:
             shared = mmap.mmap(file, os.fstat(file).st_size)
         finally:

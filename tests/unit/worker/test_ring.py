@@ -80,6 +80,26 @@ def test_nothing_stays_behind_when_the_service_has_opened_it(tmp_path: Path) -> 
         assert service.incoming.writer_pid == os.getpid()
 
 
+def test_a_service_that_takes_the_files_the_moment_they_are_there_breaks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks again and again, so it may open and remove them before the rank's `create` has returned."""
+    link, taken = os.link, []
+
+    def link_and_take(source: Path, path: Path) -> None:
+        link(source, path)
+        taken.append(Ring.open(path))
+        taken[-1].unlink()
+
+    monkeypatch.setattr(os, "link", link_and_take)
+    writer = Ring.create(tmp_path / "r", 64)
+    writer.put(b"hello")
+    assert taken[0].take() == [b"hello"]
+    for ring in (writer, *taken):
+        ring.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_ring_that_nobody_has_made_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         RingPair.for_service(tmp_path, "w.1")
