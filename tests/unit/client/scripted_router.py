@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import grpc
@@ -79,3 +82,15 @@ def message(seq: int, text: str = "", *, last: bool = False, index: int = 0) -> 
         output.finish_reason = pb.FINISH_REASON_STOP
     usage = pb.Usage(prompt_tokens=3, completion_tokens=seq) if last else None
     return pb.GenerateResponse(request_id="r", seq=seq, outputs=[output], usage=usage)
+
+
+@contextmanager
+def serving(router: ScriptedRouter) -> Iterator[str]:
+    """The address of a real gRPC server that answers with it."""
+    with ThreadPoolExecutor(4) as threads:
+        server = grpc.server(threads)
+        rpc.add_InferenceServiceServicer_to_server(router, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        yield f"127.0.0.1:{port}"
+        server.stop(0).wait()

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -14,9 +13,8 @@ import pytest
 
 from baton.cluster import ask, cli
 from baton.v1 import inference_pb2 as pb
-from baton.v1 import inference_pb2_grpc as rpc
 
-from ..client.scripted_router import Break, ScriptedRouter, message
+from ..client.scripted_router import Break, ScriptedRouter, message, serving
 
 
 class Scripted(ScriptedRouter):
@@ -40,13 +38,8 @@ def router() -> Scripted:
 
 @pytest.fixture
 def address(router: Scripted) -> Iterator[str]:
-    with ThreadPoolExecutor(4) as threads:
-        server = grpc.server(threads)
-        rpc.add_InferenceServiceServicer_to_server(router, server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        server.start()
-        yield f"127.0.0.1:{port}"
-        server.stop(0).wait()
+    with serving(router) as at:
+        yield at
 
 
 def run(*arguments: str, **options: object) -> "subprocess.CompletedProcess[str]":

@@ -2,7 +2,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -10,9 +9,8 @@ import pytest
 
 from baton.cluster import cli
 from baton.cluster.config import SETTINGS
-from baton.v1 import inference_pb2_grpc as rpc
 
-from ..client.scripted_router import Break, ScriptedRouter, message
+from ..client.scripted_router import Break, ScriptedRouter, message, serving
 
 
 @pytest.fixture
@@ -22,13 +20,8 @@ def router() -> ScriptedRouter:
 
 @pytest.fixture
 def address(router: ScriptedRouter) -> Iterator[str]:
-    with ThreadPoolExecutor(4) as threads:
-        server = grpc.server(threads)
-        rpc.add_InferenceServiceServicer_to_server(router, server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        server.start()
-        yield f"127.0.0.1:{port}"
-        server.stop(0).wait()
+    with serving(router) as at:
+        yield at
 
 
 @pytest.mark.parametrize("command", ["", "serve", "generate", "chat", "status", "models", "plan", "plan memory"])
