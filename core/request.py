@@ -34,6 +34,7 @@ class Sampling:
     frequency_penalty: float = 0.0  # taken once for each time that the token is in the answer
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each token once, rising
     min_tokens: int = 0  # before so many no stop token is chosen
+    prompt_logprobs: int | None = None  # None: none; k: of each prompt token but the first, its own and the k best
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,8 @@ class Request:
     timeout_s: float | None = None  # what is left of the deadline when the worker reads it
     traceparent: str = ""  # W3C trace context
     salt: str = ""  # of the tenant, part of every block key
+    priority: int = 0  # larger goes first, as far as the worker's policy looks at it
+    tenant: str = ""  # whose account the work goes to, where tenants share fairly
 
 
 @dataclass(frozen=True, slots=True)
