@@ -13,7 +13,7 @@ import numpy.typing as npt
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
-_LENGTHS = struct.Struct("<11I")  # elements of each field, in order
+_LENGTHS = struct.Struct("<13I")  # elements of each field, in order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,8 @@ class StepInput:
     copy_to: I32  # [c] ... to these
     table_at: I64  # [n] = row * W + column: entries of the block tables [R, W] that change
     table_blocks: I32  # [n]
+    token_rows: I32  # [m] rows whose last token the host knows and the device does not ...
+    token_ids: I64  # [m]
     decode_rows: I32  # [S] each lacks the KV of its last token, which is last_tokens[row]
     decode_positions: I64  # [S] of that token
     chunk_rows: I32  # [C]
@@ -39,17 +41,26 @@ class StepInput:
     def to_bytes(self) -> bytes:
         """For the other ranks of this host: no port takes it."""
         arrays = [getattr(self, field.name) for field in fields(self)]
-        return b"".join([_LENGTHS.pack(*map(len, arrays)), *(array.tobytes() for array in arrays)])
+        return b"".join([_padded(_LENGTHS.pack(*map(len, arrays))), *(_padded(array.tobytes()) for array in arrays)])
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview) -> "StepInput":
         """Views of `data`, read-only."""
-        offset, values = _LENGTHS.size, {}
+        offset, values = _whole_words(_LENGTHS.size), {}
         for name, length in zip(cls.__dataclass_fields__, _LENGTHS.unpack_from(data), strict=True):
             dtype = np.dtype(np.int32 if name in _NARROW else np.int64)
             values[name] = np.frombuffer(data, dtype, length, offset)
-            offset += length * dtype.itemsize
+            offset += _whole_words(length * dtype.itemsize)
         return cls(**values)
 
 
-_NARROW = frozenset({"copy_from", "copy_to", "table_blocks", "decode_rows", "chunk_rows"})
+_NARROW = frozenset({"copy_from", "copy_to", "table_blocks", "token_rows", "decode_rows", "chunk_rows"})
+
+
+def _whole_words(size: int) -> int:
+    return -(-size // 8) * 8
+
+
+def _padded(data: bytes) -> bytes:
+    """So that every array begins where its numbers are aligned."""
+    return data.ljust(_whole_words(len(data)), b"\0")
