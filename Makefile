@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.baton-installed
 ARGS ?=
 
-.PHONY: help setup serve test check format protos bench test-gpu clean
+.PHONY: help setup serve test check format protos bench fuzz test-gpu clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -41,8 +41,9 @@ protos: $(STAMP) ## make the stubs beside protos/baton/v1/*.proto anew
 		protos/baton/v1/*.proto
 	$(BIN)/buf lint
 
-bench: $(STAMP) ## Baton beside transformers on this machine, as a table (about ten minutes)
-	$(BIN)/python benchmarks/serving.py $(ARGS)
+bench: $(STAMP) ## engine beside transformers, host work, tensor parallelism: an hour; ARGS=--quick: minutes
+	@failed=0; for one in engine host_work tensor_parallel; do \
+		echo "== benchmarks/$$one.py"; $(BIN)/python -m benchmarks.$$one $(ARGS) || failed=1; done; exit $$failed
 
 test-gpu: $(STAMP) ## tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)

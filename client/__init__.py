@@ -7,6 +7,9 @@
 
 Errors are the classes of `baton.core.errors`, and `ServerFault` for a defect of the server, `NoAnswer` (an
 `Unavailable`) where no server is.
+
+`LLM` (llm.py) runs lists of prompts, in this process or by a cluster. It is not named here, as it loads far more than
+the clients do.
 """
 
 from .aio import AsyncInferenceClient
@@ -14,13 +17,17 @@ from .errors import NoAnswer, ServerFault
 from .results import (
     Answer,
     ChatMessage,
+    Completion,
     Explanation,
     Generation,
     Message,
     ModelInfo,
     Output,
     Prompt,
+    PromptLogprob,
+    Result,
     Sampling,
+    SamplingParams,
     TokenLogprobs,
     Usage,
     Worker,
@@ -32,6 +39,7 @@ __all__ = [
     "Answer",
     "AsyncInferenceClient",
     "ChatMessage",
+    "Completion",
     "Explanation",
     "Generation",
     "InferenceClient",
@@ -40,8 +48,11 @@ __all__ = [
     "NoAnswer",
     "Output",
     "Prompt",
+    "PromptLogprob",
+    "Result",
     "Retry",
     "Sampling",
+    "SamplingParams",
     "ServerFault",
     "TokenLogprobs",
     "Usage",

@@ -52,19 +52,21 @@ class AsyncInferenceClient:
         model: str = "",
         sampling: Sampling | None = None,
         request_id: str = "",
+        priority: int = 0,
         resume_after_seq: int = 0,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Message, None]:
         """Yields the answer as it comes, each token once, whatever breaks in between. Closing it cancels the call.
 
         To go on with an earlier client's stream, give its `request_id`, its sampling with the seed, and its last `seq`.
+        `priority`: from -100 to 100; larger goes first, as far as the workers' policy looks at it.
         """
         request_id = request_id or codec.new_request_id()
         settled = codec.settle_seed(sampling)
         deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         progress = StreamProgress(self._retry, settled.n or 1, resume_after_seq)
         while not progress.ended:
-            request = codec.encode_generate(request_id, model, prompt, settled, progress.seq)
+            request = codec.encode_generate(request_id, model, prompt, settled, priority, progress.seq)
             try:
                 async with aclosing(self._try_stream(request, progress, deadline)) as messages:
                     async for message in messages:
@@ -82,12 +84,13 @@ class AsyncInferenceClient:
         model: str = "",
         sampling: Sampling | None = None,
         request_id: str = "",
+        priority: int = 0,
         timeout_s: float | None = None,
     ) -> Generation:
         """The whole answer, put together from its stream."""
         collector = Collector()
         async for message in self.stream(
-            prompt, model=model, sampling=sampling, request_id=request_id, timeout_s=timeout_s
+            prompt, model=model, sampling=sampling, request_id=request_id, priority=priority, timeout_s=timeout_s
         ):
             collector.add(message)
         return collector.result()
@@ -99,10 +102,13 @@ class AsyncInferenceClient:
         model: str = "",
         sampling: Sampling | None = None,
         request_id: str = "",
+        priority: int = 0,
         timeout_s: float | None = None,
     ) -> Generation:
         """The whole answer to a conversation."""
-        return await self.generate(messages, model=model, sampling=sampling, request_id=request_id, timeout_s=timeout_s)
+        return await self.generate(
+            messages, model=model, sampling=sampling, request_id=request_id, priority=priority, timeout_s=timeout_s
+        )
 
     async def tokenize(self, prompt: str | Sequence[ChatMessage], *, model: str = "") -> list[int]:
         request = codec.encode_tokenize(model, prompt)

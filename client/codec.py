@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..core.errors import InvalidRequest
-from ..core.request import FinishReason, TokenLogprobs
+from ..core.request import FinishReason, PromptLogprob, TokenLogprobs
 from ..v1 import inference_pb2 as pb
 from .results import ChatMessage, Explanation, Message, ModelInfo, Output, Prompt, Sampling, Usage, Worker
 
@@ -29,6 +29,7 @@ _SCALARS = (
     "presence_penalty",
     "frequency_penalty",
     "min_tokens",
+    "prompt_logprobs",
 )
 
 
@@ -42,10 +43,14 @@ def settle_seed(sampling: Sampling | None) -> Sampling:
     return sampling if sampling.seed is not None else replace(sampling, seed=secrets.randbits(63))
 
 
-def encode_generate(request_id: str, model: str, prompt: Prompt, sampling: Sampling, seq: int) -> pb.GenerateRequest:
+def encode_generate(
+    request_id: str, model: str, prompt: Prompt, sampling: Sampling, priority: int, seq: int
+) -> pb.GenerateRequest:
     """Raises InvalidRequest for a value that does not even fit its field, such as a negative count."""
     try:
-        request = pb.GenerateRequest(request_id=request_id, model=model, sampling=_sampling(sampling))
+        request = pb.GenerateRequest(
+            request_id=request_id, model=model, sampling=_sampling(sampling), priority=priority
+        )
         if isinstance(prompt, str):
             request.text = prompt
         elif _is_chat(prompt):
@@ -128,7 +133,7 @@ def decode_explanation(response: pb.ExplainResponse) -> Explanation:
 def _sampling(sampling: Sampling) -> pb.SamplingParams:
     given = {name: getattr(sampling, name) for name in _SCALARS if getattr(sampling, name) is not None}
     return pb.SamplingParams(
-        **given, stop=sampling.stop, stop_token_ids=sampling.stop_token_ids, logit_bias=dict(sampling.logit_bias or {})
+        **given, stop=sampling.stops, stop_token_ids=sampling.stop_token_ids, logit_bias=dict(sampling.logit_bias or {})
     )
 
 
@@ -157,6 +162,14 @@ def _output(output: pb.Output) -> Output:
         logprobs=tuple(
             TokenLogprobs(entry.logprob, tuple((top.token_id, top.logprob) for top in entry.top))
             for entry in output.logprobs
+        ),
+        prompt_logprobs=tuple(
+            PromptLogprob(
+                token_id=entry.token_id,
+                logprob=entry.logprob if entry.HasField("logprob") else None,
+                top=tuple((top.token_id, top.logprob) for top in entry.top),
+            )
+            for entry in output.prompt_logprobs
         ),
     )
 

@@ -1,13 +1,15 @@
 """What the client takes and gives, free of protobuf."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..core.request import FinishReason, TokenLogprobs
+from ..core.request import FinishReason, PromptLogprob, TokenLogprobs
+from ..core.sampling_params import SamplingParams
 
 __all__ = [
     "Answer",
     "ChatMessage",
+    "Completion",
     "Explanation",
     "FinishReason",
     "Generation",
@@ -15,7 +17,10 @@ __all__ = [
     "ModelInfo",
     "Output",
     "Prompt",
+    "PromptLogprob",
+    "Result",
     "Sampling",
+    "SamplingParams",
     "TokenLogprobs",
     "Usage",
     "Worker",
@@ -32,26 +37,7 @@ Prompt = str | Sequence[int] | Sequence[ChatMessage]
 """Text, token ids used as they are, or a conversation rendered by the model's chat template."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How to choose tokens. None takes the default of the model, else of the server."""
-
-    max_tokens: int | None = None
-    temperature: float | None = None  # 0 is greedy
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None  # None: the client draws one, so that a repeated request gives the same tokens
-    n: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool | None = None
-    logprobs: int | None = None  # k: the chosen token's and the k best
-    repetition_penalty: float | None = None  # of tokens in prompt or answer; above 1: rarer
-    presence_penalty: float | None = None  # of tokens in the answer; above 0: rarer
-    frequency_penalty: float | None = None  # the same, for each time that the token is there
-    logit_bias: Mapping[int, float] | None = None  # token id -> what is added to its logit
-    min_tokens: int | None = None  # before so many no stop token; a stop string ends the answer all the same
+Sampling = SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +56,7 @@ class Output:
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()  # on the answer's first message, when asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +80,7 @@ class Answer:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()  # one per token of the prompt, when asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +98,34 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One of the n answers of a `Result`."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]  # a stop token, or the tokens of a stop string, among them
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None  # the stop string or stop token that ended it; None also: a cluster didn't say
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token, when asked for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What `LLM` has for one prompt."""
+
+    prompt: Prompt
+    prompt_token_ids: tuple[int, ...]
+    prompt_logprobs: tuple[TokenLogprobs | None, ...]  # one per token, when asked for; None for the first token
+    outputs: tuple[Completion, ...]  # n of them
+    usage: Usage
+
+    @property
+    def text(self) -> str:
+        """Text of the first answer."""
+        return self.outputs[0].text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     name: str
     max_model_len: int  # tokens of prompt and answer together
@@ -124,7 +140,7 @@ class Worker:
     """One worker that is linked to the router, as its last frame told."""
 
     worker_id: str
-    role: str  # "prefill" or "decode"
+    role: str  # "prefill", "decode" or "both"
     draining: bool
     running: int  # sequences in the batch
     waiting: int
@@ -177,4 +193,5 @@ def _join(parts: list[Output]) -> Answer:
         token_ids=tuple(token for part in parts for token in part.token_ids),
         finish_reason=next((part.finish_reason for part in reversed(parts) if part.finish_reason), None),
         logprobs=tuple(entry for part in parts for entry in part.logprobs),
+        prompt_logprobs=next((part.prompt_logprobs for part in parts if part.prompt_logprobs), ()),
     )

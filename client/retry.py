@@ -47,7 +47,9 @@ class StreamProgress:
             return message
         if not self.ended:
             return None
-        outputs = tuple(replace(output, text="", token_ids=(), logprobs=()) for output in message.outputs)
+        outputs = tuple(
+            replace(output, text="", token_ids=(), logprobs=(), prompt_logprobs=()) for output in message.outputs
+        )
         return replace(message, outputs=outputs)
 
     def after(self, error: BatonError) -> float | None:

@@ -8,20 +8,21 @@ import asyncio
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import ray
 
 from ..core.errors import ConfigError
 from ..core.tickets import Piece
+from ..engine.memory import GPU_LEAST, GPU_WORKSPACE, kv_room, usable_bytes
 from ..observe import logs
 from ..worker.config import WorkerConfig
 from ..worker.records import Progress
-from .memory_plan import GPU_WORKSPACE, kv_room, usable_bytes
 from .screen import percent
 from .units import format_size
 
-_GPU_LEAST = 64 << 20
+_FOLDERS = {"prefill": "prefill_worker", "decode": "decode_worker", "both": "colocated_worker"}
 
 
 class RankActor:
@@ -41,14 +42,8 @@ class RankActor:
         config = self._config
         if config.kv_bytes == 0:
             config = replace(config, kv_bytes=gpu_kv_bytes(self._gpu_share, self._weight_bytes))
-        if config.role == "prefill":
-            from ..prefill_worker import rank as prefill_rank  # noqa: PLC0415
-
-            prefill_rank.run(config, self._inbox)
-        else:
-            from ..decode_worker import rank as decode_rank  # noqa: PLC0415
-
-            decode_rank.run(config, self._inbox)
+        rank = import_module(f"..{_FOLDERS[config.role]}.rank", __package__)  # torch comes with it
+        rank.run(config, self._inbox)
 
     @ray.method(concurrency_group="inbox")
     def deliver(self, message: object, handles: Sequence[object]) -> None:
@@ -101,7 +96,7 @@ def gpu_kv_bytes(share: float, weight_bytes: int) -> int:
     free, total = torch.cuda.mem_get_info()
     part = min(free, usable_bytes(total, share))
     left = kv_room(part, weight_bytes)
-    if left < _GPU_LEAST:
+    if left < GPU_LEAST:
         raise ConfigError(
             f"Not enough GPU memory: {format_size(part)} of {format_size(total)} are this worker's, less "
             f"{format_size(weight_bytes)} weights and {format_size(GPU_WORKSPACE)} workspace leaves "

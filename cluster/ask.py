@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's own log is for no person; it is read when gRPC is imported
 
-from ..client import ChatMessage, InferenceClient, Message, NoAnswer, Prompt, Sampling
+from ..client import ChatMessage, InferenceClient, Message, NoAnswer, Prompt, Sampling, Worker
 from ..core.errors import BatonError, ConfigError, ContextExceeded, DeadlineExceeded, Unavailable
+from ..core.request import MAX_PRIORITY
 from .config import DEFAULT_ADDRESS
 
 WAITING_S = 1.0  # without a word of the answer, before it is said that workers are missing
@@ -74,9 +75,16 @@ def status(arguments: argparse.Namespace) -> int:
                 print(
                     f"worker   {worker.worker_id}  {worker.role}{', draining' if worker.draining else ''}: "
                     f"{worker.running} running, {worker.waiting} waiting, "
-                    f"{worker.free_blocks} of {worker.total_blocks} KV blocks free"
+                    f"{worker.free_blocks} of {worker.total_blocks} KV blocks free{_in_use(worker)}"
                 )
     return 0 if all(model.ready for model in served) else 1
+
+
+def _in_use(worker: Worker) -> str:
+    """How much of the pool sequences hold; nothing before a worker has told."""
+    if not worker.total_blocks:
+        return ""
+    return f" ({1 - worker.free_blocks / worker.total_blocks:.0%} in use)"
 
 
 def models(arguments: argparse.Namespace) -> int:
@@ -156,10 +164,19 @@ def _sampling(arguments: argparse.Namespace) -> Sampling:
     )
 
 
+def _priority(arguments: argparse.Namespace) -> int:
+    value = int(arguments.priority)
+    if abs(value) > MAX_PRIORITY:
+        raise ConfigError(f"--priority is {value}, but must be from -{MAX_PRIORITY} to {MAX_PRIORITY}.")
+    return value
+
+
 def _answer(client: InferenceClient, prompt: Prompt, arguments: argparse.Namespace) -> str:
     """Print the first answer as it comes, and a line's end; give its whole text."""
     text = ""
-    messages = client.stream(prompt, model=arguments.model, sampling=_sampling(arguments))
+    messages = client.stream(
+        prompt, model=arguments.model, sampling=_sampling(arguments), priority=_priority(arguments)
+    )
     try:
         for message in _with_word_of_waiting(messages, client):
             if message.text:

@@ -21,13 +21,15 @@ start here:
   baton generate "A list in Python"    ask it, from another terminal
 """
 _SERVE = """\
-Starts a whole cluster on this machine: Redis, Ray, a router, prefill and decode workers. Ctrl-C ends it and leaves
-nothing behind. Settings: flags > environment (BATON_MODEL, BATON_KV_MEMORY, ...) > baton.yaml > defaults.
+Starts a whole cluster on this machine: Redis, Ray, a router, prefill and decode workers, or workers that do both.
+Ctrl-C ends it and leaves nothing behind.
+Settings: flags > environment (BATON_MODEL, BATON_KV_MEMORY, ...) > baton.yaml > defaults.
 
 examples:
   baton serve
   baton serve --model Qwen/Qwen3-0.6B --kv-memory 2GiB
   baton serve --model ./my-llama --prefill 2 --decode 2 --max-model-len 4096
+  baton serve --both 1 --policy fair
 """
 _GENERATE = """\
 Continues a text and prints the answer as it comes. Reads standard input when the text is "-".
@@ -183,6 +185,13 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--presence-penalty", metavar="P", type=float, help="above 0: less of what was said")
     group.add_argument("--frequency-penalty", metavar="P", type=float, help="the same, for each time it was said")
     group.add_argument("--seed", metavar="N", type=int, help="the same seed gives the same answer")
+    group.add_argument(
+        "--priority",
+        metavar="N",
+        type=int,
+        default=0,
+        help="larger goes first, where the policy looks at it",
+    )
     group.add_argument("--stop", metavar="TEXT", action="append", help="end the answer before this text; may repeat")
     _add_address(parser)
 

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from ..core.errors import ConfigError
+from ..engine.policies import DEFAULT_POLICY, POLICIES
+from ..text.model_source import BUNDLED_MODEL
 from .units import parse_choice, parse_int, parse_port, parse_size, parse_text
 
-BUNDLED_MODEL = "baton-docs-6m"
 DEFAULT_ADDRESS = "127.0.0.1:50051"  # of the router, where a cluster is asked
 DEFAULT_FILE = "baton.yaml"
 PREFIX = "BATON_"
@@ -28,10 +29,14 @@ class ServeConfig:
     served_name: str | None = None
     prefill: int = 1
     decode: int = 1
+    both: int = 0
     tp: int = 1
     max_model_len: int | None = None  # tokens; None: what the model allows
     kv_memory: int | None = None  # bytes of each worker; None: from what is free
+    swap_memory: int | None = None  # bytes of each worker that decodes; None: from what is free
     max_batch: int = 32
+    step_tokens: int = 512
+    policy: str = DEFAULT_POLICY
     block_tokens: int = 16
     dtype: str = "auto"
     device: str = "auto"
@@ -52,6 +57,15 @@ class ServeConfig:
     log_level: str = "info"
     drain_s: int = 10  # how long Ctrl-C waits for running requests
     start_s: int = 300  # how long the cluster may take to become ready
+
+    @property
+    def num_workers(self) -> int:
+        return self.prefill + self.decode + self.both
+
+    @property
+    def num_decoding(self) -> int:
+        """Workers that write answers, and so may preempt some of them."""
+        return self.decode + self.both
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +117,18 @@ SETTINGS: tuple[Setting, ...] = (
         "model", parse_text, "directory or Hugging Face id of a Llama, Mistral, Mixtral or Qwen checkpoint", "PATH|ID"
     ),
     Setting("served_name", parse_text, "name that clients call the model by (default: its directory's)", "NAME"),
-    Setting("prefill", _count(1, 64), "prefill workers, which read prompts (default: 1)", "N"),
-    Setting("decode", _count(1, 64), "decode workers, which write answers (default: 1)", "N"),
+    Setting("prefill", _count(0, 64), "prefill workers, which read prompts (default: 1, with --both 0)", "N"),
+    Setting("decode", _count(0, 64), "decode workers, which write answers (default: 1, with --both 0)", "N"),
+    Setting("both", _count(0, 64), "workers that do both, for light loads (default: 0)", "N"),
     Setting("tp", _count(1), "tensor-parallel ranks of each worker (only 1 so far)", "N"),
     Setting("max_model_len", _count(16), "tokens of prompt and answer together (default: what the model allows)", "N"),
     Setting("kv_memory", parse_size, "KV cache of each worker, e.g. 512MiB (default: from what is free)", "SIZE"),
+    Setting(
+        "swap_memory", parse_size, "host memory for KV of preempted sequences, e.g. 2GiB (default: a tenth)", "SIZE"
+    ),
     Setting("max_batch", _count(1, 4096), "sequences a worker runs at once (default: 32)", "N"),
+    Setting("step_tokens", _count(16, 65536), "tokens of one step, prompts' among them (default: 512)", "N"),
+    Setting("policy", _one_of(*POLICIES), f"who goes first: {', '.join(POLICIES)} (default: {DEFAULT_POLICY})", "NAME"),
     Setting("block_tokens", _block_tokens, "tokens of one KV block, a multiple of 16 (default: 16)", "N"),
     Setting("dtype", _one_of("auto", "bfloat16", "float32"), "auto (the model's), bfloat16 or float32", "DTYPE"),
     Setting("device", _one_of("auto", "cpu", "cuda"), "auto (GPUs if there are any), cpu or cuda", "DEVICE"),
@@ -143,6 +163,8 @@ def load(flags: Mapping[str, object], environment: Mapping[str, str], file: Path
         if value is not None:
             setting = _BY_NAME[name]
             values[name] = setting.parse(setting.flag, value)
+    if values.get("both"):  # a cluster of these alone is one flag
+        values = {"prefill": 0, "decode": 0} | values
     config = ServeConfig(**values)  # type: ignore[arg-type]  # each value went through its setting's parser
     _check_together(config)
     return config
@@ -244,6 +266,12 @@ def _reason(error: OSError | UnicodeDecodeError) -> str:
 def _check_together(config: ServeConfig) -> None:
     if config.tp != 1:
         raise ConfigError(f"--tp is {config.tp}: this version runs one rank per worker; leave it at 1.")
+    if bool(config.prefill) != bool(config.decode):
+        raise ConfigError(
+            f"--prefill is {config.prefill} and --decode is {config.decode}: neither serves without the other."
+        )
+    if not config.num_workers:
+        raise ConfigError("There would be no worker: give --prefill and --decode, or --both.")
     if (config.tls_cert is None) != (config.tls_key is None):
         raise ConfigError("TLS needs a certificate and a key: give both --tls-cert and --tls-key.")
     for name in ("tls_cert", "tls_key"):

@@ -23,7 +23,8 @@ from types import FrameType
 
 from ..core.errors import ConfigError
 from ..core.ids import Epoch
-from . import children, models, preflight, redis
+from ..text.model_source import is_local, resolve
+from . import children, preflight, redis
 from .children import Child
 from .config import ServeConfig, read_api_keys
 from .plan import ClusterPlan, plan_cluster
@@ -67,9 +68,9 @@ def serve(config: ServeConfig) -> int:
         screen.notice(
             "BATON_API_KEY is what a client sends; this cluster asks for no key: set BATON_API_KEYS if it shall."
         )
-    if not models.is_local(config.model):
+    if not is_local(config.model):
         screen.say(f"Fetching {config.model} from the hub, unless it is here already.")
-    plan = plan_cluster(config, models.resolve(config.model), api_keys, config.cluster_token or secrets.token_hex(32))
+    plan = plan_cluster(config, resolve(config.model), api_keys, config.cluster_token or secrets.token_hex(32))
     signals = Signals()
     children.adopt_orphans()
     with signals, _folders() as folders, Tail(folders.logs, aside=screen.aside):

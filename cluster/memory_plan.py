@@ -13,14 +13,12 @@ import math
 from dataclasses import dataclass
 
 from ..core.errors import ConfigError
+from ..engine.memory import kv_room, usable_bytes
 from .checkpoint import StoredWeights
 from .model_shape import AttentionShape, ModelShape
 
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1}  # bytes
 RUNS = ("bfloat16", "float32")  # that weights are computed with
-
-GPU_SHARE = 0.9  # of its part of a GPU that a worker takes; the rest is the context's and the kernels' workspaces
-GPU_WORKSPACE = 1 << 30
 
 _GIB = 1 << 30
 GPUS = {
@@ -193,16 +191,6 @@ def kv_heads_of_rank(attention: AttentionShape, tp: int) -> int:
 def kv_bytes_per_token(attention: AttentionShape, dtype: str, tp: int = 1) -> int:
     """K and V of one token in all layers, on one rank."""
     return attention.num_layers * 2 * kv_heads_of_rank(attention, tp) * attention.head_size * WIDTHS[dtype]
-
-
-def usable_bytes(memory: int, share: float = 1.0) -> int:
-    """What a worker takes of a GPU that it has a share of."""
-    return int(memory * share * GPU_SHARE)
-
-
-def kv_room(usable: int, weight_bytes: int) -> int:
-    """What is left for KV; negative when the weights alone do not fit."""
-    return usable - weight_bytes - GPU_WORKSPACE
 
 
 def check_split(shape: ModelShape, tp: int) -> None:

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..core.errors import ConfigError
-from . import models
+from ..engine.memory import GPU_SHARE, GPU_WORKSPACE
+from ..text.model_source import BUNDLED_MODEL, resolve
 from .checkpoint import StoredWeights, read_json, stored_weights
-from .config import BUNDLED_MODEL
-from .memory_plan import GPU_SHARE, GPU_WORKSPACE, GPUS, RUNS, WIDTHS, Fit, MemoryPlan, plan_memory
+from .memory_plan import GPUS, RUNS, WIDTHS, Fit, MemoryPlan, plan_memory
 from .model_shape import ModelShape, read_shape
 from .units import format_size, parse_choice, parse_int, parse_size
 
@@ -52,7 +52,7 @@ def _config_file(model: str) -> Path:
         if not path.is_file():
             raise ConfigError(f"{model} holds no {_CONFIG}: give a directory with one, or the file itself.")
     elif model == BUNDLED_MODEL and not path.exists():
-        path = models.resolve(model) / _CONFIG
+        path = resolve(model) / _CONFIG
     if not path.is_file():
         raise ConfigError(f"{model}: there is no such directory or file; a plan is made from a {_CONFIG} that is here.")
     return path

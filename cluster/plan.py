@@ -8,9 +8,11 @@ from pathlib import Path
 
 from ..core.errors import ConfigError
 from ..core.ids import Epoch, WorkerId
+from ..engine.memory import free_memory
 from ..router.config import RouterConfig
+from ..text.model_source import served_name
 from ..worker.config import ROLES, WorkerConfig
-from . import models, preflight
+from . import preflight
 from .config import ServeConfig
 
 _GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
@@ -50,6 +52,7 @@ class ClusterPlan:
     size: preflight.ModelSize
     max_model_len: int  # tokens of prompt and answer
     kv_bytes: int  # of each worker; 0: what its GPU has free
+    swap_bytes: int  # of host memory, of each worker that decodes
     num_gpus: int
     api_keys: tuple[str, ...] = field(repr=False)
     cluster_token: str = field(repr=False)
@@ -71,6 +74,9 @@ class ClusterPlan:
                     block_tokens=config.block_tokens,
                     max_model_len=self.max_model_len,
                     max_batch=config.max_batch,
+                    step_tokens=config.step_tokens,
+                    policy=config.policy,
+                    swap_bytes=0 if role == "prefill" else self.swap_bytes,
                     threads=config.threads,
                     drain_timeout_s=float(config.drain_s),
                     start_timeout_s=float(config.start_s),
@@ -117,17 +123,19 @@ def plan_cluster(config: ServeConfig, model_dir: Path, api_keys: tuple[str, ...]
     size = preflight.measure_model(model_dir, config.dtype)
     context = preflight.settle_context(config, size)
     num_gpus = count_gpus(config.device)
-    if num_gpus:
-        kv_bytes = config.kv_memory or 0
-    else:
-        kv_bytes = preflight.settle_kv_bytes(config, size, context, preflight.free_memory())
+    free_bytes = free_memory()
+    kv_bytes = config.kv_memory or 0
+    if not num_gpus:
+        kv_bytes = preflight.settle_kv_bytes(config, size, context, free_bytes)
+    swap_bytes = preflight.settle_swap_bytes(config, size, 0 if num_gpus else kv_bytes, free_bytes)
     return ClusterPlan(
         config=config,
         model_dir=model_dir,
-        model_name=config.served_name or models.served_name(config.model, model_dir),
+        model_name=config.served_name or served_name(config.model, model_dir),
         size=size,
         max_model_len=context,
         kv_bytes=kv_bytes,
+        swap_bytes=swap_bytes,
         num_gpus=num_gpus,
         api_keys=api_keys,
         cluster_token=cluster_token,

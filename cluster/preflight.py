@@ -2,12 +2,12 @@
 
 import errno
 import importlib.util
-import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import ConfigError
+from ..engine.memory import cpu_kv_bytes, default_swap_bytes
 from . import memory_plan
 from .checkpoint import read_json, weight_files
 from .config import ServeConfig
@@ -17,9 +17,6 @@ from .units import format_size
 
 _PROCESS_BYTES = 450 << 20  # a worker without weights and KV: interpreter, torch, gRPC (measured: 280 + 120 MiB)
 _BASE_BYTES = 900 << 20  # Ray, router, Redis (measured: 670 + 150 MiB)
-_KV_SHARE = 0.25  # of free memory, for all workers together, when nobody says how much
-_KV_MOST = 1 << 30
-_KV_LEAST = 64 << 20
 _LAST_PORT = 65535
 
 
@@ -111,15 +108,16 @@ def settle_context(config: ServeConfig, size: ModelSize) -> int:
 def settle_kv_bytes(config: ServeConfig, size: ModelSize, context: int, free_bytes: int) -> int:
     """Bytes of KV cache for each worker on the CPU, with the arithmetic when it does not fit.
 
-    One request of full length must fit in a worker. Raises ConfigError.
+    One request of full length must fit in a worker; swap memory that is asked for is taken beside it. Raises
+    ConfigError.
     """
-    workers = config.prefill + config.decode
+    workers = config.num_workers
     one_request = context * size.kv_bytes_per_token
-    fixed = _BASE_BYTES + workers * (_PROCESS_BYTES + size.weight_bytes)
+    swap = config.swap_memory or 0
+    fixed = _without_kv(config, size) + config.num_decoding * swap
     given = config.kv_memory
     if given is None:
-        share = int(max(0, free_bytes - fixed) * _KV_SHARE) // workers
-        given = max(min(share, _KV_MOST), _KV_LEAST, one_request)
+        given = cpu_kv_bytes(free_bytes - fixed, one_request, workers)
     if given < one_request:
         raise ConfigError(
             f"--kv-memory {format_size(given)} holds no request of {context} tokens, which takes "
@@ -130,30 +128,26 @@ def settle_kv_bytes(config: ServeConfig, size: ModelSize, context: int, free_byt
         each = " + ".join(
             (f"{format_size(size.weight_bytes)} weights", f"{format_size(given)} KV", format_size(_PROCESS_BYTES))
         )
+        swaps = f"{config.num_decoding} x {format_size(swap)} swap + " if swap else ""
         raise ConfigError(
-            f"Not enough memory: {workers} workers x ({each}) + {format_size(_BASE_BYTES)} for the rest = "
-            f"{format_size(need)}, free are {format_size(free_bytes)}: lower --kv-memory or --max-model-len, or choose "
-            "a smaller model."
+            f"Not enough memory: {workers} workers x ({each}) + {swaps}{format_size(_BASE_BYTES)} for the rest = "
+            f"{format_size(need)}, free are {format_size(free_bytes)}: lower --kv-memory"
+            f"{', --swap-memory' if swap else ''} or --max-model-len, or choose a smaller model."
         )
     return given
 
 
-def free_memory() -> int:
-    """Bytes this process may still take: of the machine, and of its control group where that is less."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-            break
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass  # no control groups of version 2 here
-    return free
+def settle_swap_bytes(config: ServeConfig, size: ModelSize, kv_bytes: int, free_bytes: int) -> int:
+    """Bytes of host memory for preempted sequences of each worker that decodes: what is asked for, else a share of what
+    is left beside everything else. kv_bytes: of each worker, as far as host memory holds it."""
+    if config.swap_memory is not None:
+        return config.swap_memory
+    left = free_bytes - _without_kv(config, size) - config.num_workers * kv_bytes
+    return default_swap_bytes(max(0, left), config.num_decoding)
+
+
+def _without_kv(config: ServeConfig, size: ModelSize) -> int:
+    return _BASE_BYTES + config.num_workers * (_PROCESS_BYTES + size.weight_bytes)
 
 
 def _flag(name: str) -> str:

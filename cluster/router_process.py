@@ -47,7 +47,7 @@ class RouterProcess:
         self._start()
 
     def is_ready(self) -> bool:
-        """It serves: its health says so, which means that a prefill and a decode worker are linked."""
+        """It serves: its health says so, which means that workers are linked that serve together, or one alone."""
         now = time.monotonic()
         if not self._ready and now >= self._next_check:
             self._next_check = now + _EVERY_S

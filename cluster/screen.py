@@ -107,6 +107,16 @@ def _short(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
+def _workers(config: ServeConfig) -> str:
+    """Such as "1 prefill worker and 2 decode workers" or "2 workers that do both"."""
+    counts = ((config.prefill, "prefill"), (config.decode, "decode"))
+    parts = [f"{count} {role} worker{'s' if count > 1 else ''}" for count, role in counts if count]
+    if config.both:
+        noun = "" if parts else " worker" if config.both == 1 else " workers"
+        parts.append(f"{config.both}{noun} that {'does' if config.both == 1 else 'do'} both")
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
 def banner(config: ServeConfig, model: str, *, keys: bool) -> str:
     """Addresses and three commands to try. `keys`: callers need an API key."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)  # noqa: S104  # only compared
@@ -120,7 +130,7 @@ def banner(config: ServeConfig, model: str, *, keys: bool) -> str:
     header = ' -H "Authorization: Bearer $BATON_API_KEY"' if keys else ""
     lines = [
         "",
-        f"  Baton serves {model}: {config.prefill} prefill and {config.decode} decode.",
+        f"  Baton serves {model}: {_workers(config)}.",
         "",
         f"    gRPC     {grpc}",
         f"    HTTP     {http}/v1",

@@ -16,6 +16,7 @@ from .ids import BlockKey
 
 UNIT_TOKENS = 16
 KEY_BYTES = 16
+_pack_unit = struct.Struct(f"<{UNIT_TOKENS}I").pack
 
 
 def root_key(fingerprint: str, salt: str = "") -> BlockKey:
@@ -31,8 +32,7 @@ def block_keys(tokens: Sequence[int], block_tokens: int, root: BlockKey) -> list
     keys: list[BlockKey] = []
     key = root
     for end in range(UNIT_TOKENS, len(tokens) + 1, UNIT_TOKENS):
-        unit = tokens[end - UNIT_TOKENS : end]
-        key = _digest(key + struct.pack(f"<{UNIT_TOKENS}I", *unit))
+        key = _digest(key + _pack_unit(*tokens[end - UNIT_TOKENS : end]))
         if end % block_tokens == 0:
             keys.append(key)
     return keys

@@ -91,6 +91,10 @@ class LeaseExpired(BatonError):
     retryable = True
 
 
+class ModelFault(BatonError):
+    """The model computed no numbers to choose a token from. A person looks at the weights, their dtype or the GPU."""
+
+
 class ConfigError(BatonError):
     """A person mends the configuration; the message says how."""
 

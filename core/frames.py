@@ -1,5 +1,6 @@
 """What crosses a link and the ring behind it: commands to a worker, its frames, its reports, its view of itself."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -49,23 +50,40 @@ class TicketGranted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepTokens:
+    """Plain tokens of many sequences, as columns of one length: `token_ids[i]` is at `positions[i]` of the answer of
+    the sequence that its link knows as `numbers[i]`. Those of one sequence stand in order."""
+
+    numbers: Sequence[int]  # never 0
+    positions: Sequence[int]
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerFrame:
-    """All that one step has to say on one link. A reader takes tickets first, then tokens, then ends."""
+    """All that one step has to say on one link. A reader takes tickets first, then tokens (of both kinds, by their
+    positions), then ends."""
 
     welcome: Welcome | None = None
     tickets: tuple[TicketGranted, ...] = ()
     tokens: tuple[SequenceTokens, ...] = ()
     ended: tuple[Ended, ...] = ()
     load: Load | None = None
+    step: StepTokens | None = None
+
+
+PINNED = "pinned"
+"""State of blocks that no sequence holds, and that are never evicted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
     """Blocks that one sequence holds, and in which state."""
 
-    sequence_id: SequenceId
-    state: str  # e.g. "prefilling", "lent", "reserved", "running"
-    block_ids: tuple[BlockId, ...]
+    sequence_id: SequenceId  # empty for what is held for none: "pinned"
+    state: str  # e.g. "running", "lent", "reserved"
+    block_ids: Sequence[BlockId]
+    tokens: int = 0  # whose KV is in them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +98,8 @@ class LedgerDump:
     holders: tuple[Holder, ...] = ()
     violations: tuple[str, ...] = ()  # invariants that do not hold
     transport_objects: int = 0  # objects of the transport that still live
+    pinned_blocks: int = 0  # held by no sequence, and never evicted
+    unused_slots: int = 0  # token slots of held blocks that hold no token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +108,7 @@ class WorkerStatus:
 
     worker_id: WorkerId
     epoch: Epoch
-    role: str  # "prefill" or "decode"
+    role: str  # "prefill", "decode" or "both"
     model: str
     device: str
     transport: str  # what carries KV between workers
@@ -116,6 +136,10 @@ class Report:
     cached_blocks: int = 0
     held_blocks: int = 0
     lent_blocks: int = 0
+    preempted_swap: int = 0  # sequences whose blocks went to host memory to make room
+    preempted_recompute: int = 0  # sequences whose blocks were given up, to be computed again
+    swap_bytes: int = 0  # moved to and from host memory
+    unused_slots: int = 0  # token slots of held blocks that hold no token
 
     @property
     def steps(self) -> int:

@@ -6,6 +6,10 @@ from enum import StrEnum
 from .ids import SequenceId
 
 MAX_LOGPROBS = 20
+MAX_PROMPT_LOGPROBS = 2**17
+"""Most log probabilities of one prompt, and of a request's prompts together: about 1.5 MB on the wire, which fits every
+frame and message."""
+MAX_PRIORITY = 100  # either way
 
 
 class FinishReason(StrEnum):
@@ -49,11 +53,25 @@ class Request:
     salt: str = ""  # of the tenant, part of every block key
     priority: int = 0  # larger goes first, as far as the worker's policy looks at it
     tenant: str = ""  # whose account the work goes to, where tenants share fairly
+    number: int = 0  # names it in StepTokens, as no other sequence that lives on its link; 0: none, all goes by its id
+
+    def deadline(self, now: float) -> float | None:
+        """On the clock that says `now`, in seconds; None: it has none."""
+        return None if self.timeout_s is None else now + self.timeout_s
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     logprob: float  # natural log, before penalties, bias, temperature and filters
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLogprob:
+    """One token of a prompt as its reader sees it."""
+
+    token_id: int
+    logprob: float | None  # natural log; None for the first token, which nothing comes before
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
 
 
@@ -66,6 +84,7 @@ class SequenceTokens:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     cached_tokens: int = 0  # with token 0: prompt tokens that prefill did not compute
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  # with token 0: one per prompt token, None for the first
 
 
 class EndReason(StrEnum):

@@ -7,14 +7,15 @@ from .ids import Epoch, SequenceId, TicketId, WorkerId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
-    """What a block looks like on one side."""
+    """What a block looks like on one side: all ranks of a stage together, however they split the heads."""
 
-    num_layers: int
-    num_kv_heads: int  # of one rank
+    num_layers: int  # of this stage ...
+    num_kv_heads: int
     head_size: int
     block_tokens: int
     dtype: str  # "bfloat16" or "float32"
     fingerprint: str  # of the model: blocks of another model are never taken
+    first_layer: int = 0  # ... which are [first_layer, first_layer + num_layers) of the model
 
     @property
     def block_bytes(self) -> int:

@@ -22,6 +22,7 @@ def run(config: WorkerConfig, inbox: Inbox, make_transport: MakeTransport = RayS
         )
         role = DecodeRole(
             rank.engine,
+            rank.batch,
             landing,
             rank.outbox,
             rank.reporter,

@@ -1,9 +1,8 @@
-"""One step's input: which tokens, where their K and V go, and what each may look at.
+"""One step's input on the device: which tokens, where their K and V go, and what each may look at.
 
-The rows of a step: one per decoding sequence first, then the prompts' chunks, one after the other.
+The tokens of a step: one per decoding sequence first, then the prompts' chunks, one after the other.
 """
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +12,8 @@ from torch import Tensor
 from ..kernels.paged_attention import DecodePlan, Workspace, plan_decode
 from ..kernels.prefill_attention import PrefillPlan, plan_prefill
 from ..kernels.write_kv import kv_rows
-from .sequence import Sequence
+from .staging import Staging
+from .step_input import I64, StepInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,66 +46,94 @@ class Batch:
     num_decode: int
     decode: DecodeRows | None
     prefill: PrefillRows | None
-    wanted: Tensor | None  # [S'] i64: rows whose logits are wanted; None: all
+    wanted: Tensor | None  # [S'] i64: tokens whose logits are wanted; None: all
 
 
-class BatchBuilder:
-    """Makes batches for one pool. Keeps the memory that steps share."""
+class DeviceTables:
+    """What outlives a step on the device, at fixed addresses, and makes batches from it and a step's input."""
 
-    def __init__(self, pool: Tensor, windows: frozenset[int | None]) -> None:
-        """windows: of the model's layers."""
+    def __init__(self, pool: Tensor, max_rows: int, max_blocks: int, windows: frozenset[int | None]) -> None:
+        """pool [N, L, 2, G, P, D]; windows: of the model's layers."""
         self._pool = pool
         self._windows = windows
         self._workspace = Workspace()
+        self._staging = Staging(pool.device)
+        self._tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=pool.device)  # [R, W]
+        self._last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=pool.device)  # [R]
 
-    def build(self, prefill: Seq[tuple[Sequence, int]], decode: Seq[Sequence]) -> Batch:
-        """prefill: (sequence, how many of its next tokens); decode: sequences that lack the KV of one token only."""
-        block_tokens = self._pool.shape[4]
-        parts = [(seq, 1) for seq in decode] + list(prefill)
-        counts = np.array([count for _, count in parts], dtype=np.int64)
-        starts = np.array([seq.computed for seq, _ in parts], dtype=np.int64)
-        ends = np.cumsum(counts)
-        of_part = np.repeat(np.arange(len(parts)), counts)
-        positions = np.arange(int(ends[-1])) - (ends - counts)[of_part] + starts[of_part]
-        tokens = np.concatenate([seq.ids[seq.computed : seq.computed + count] for seq, count in parts])
-        tables = _tables([seq for seq, _ in parts], starts + counts, block_tokens)
-        slots = tables[of_part, positions // block_tokens].astype(np.int64) * block_tokens + positions % block_tokens
-        lasts = [seq.computed + count == seq.length for seq, count in parts]
-        device_slots = self._tensor(slots)
+    def accept(self, rows: Tensor, token_ids: Tensor) -> None:
+        """The last tokens of these rows, as sampled.    rows [S] i64, token_ids [S] i64, on the device."""
+        # -1 says that there was nothing to choose from; the row ends, and until then it must not point outside.
+        self._last_tokens.index_copy_(0, rows, token_ids.clamp(min=0))
+
+    def batch(self, step: StepInput) -> Batch:
+        """Takes the step's changes over; gives what the model needs."""
+        rows = np.concatenate((step.decode_rows, np.repeat(step.chunk_rows, step.chunk_counts))).astype(np.int64)
+        positions = np.concatenate((step.decode_positions, _runs(step.chunk_starts, step.chunk_counts)))
+        num_decode = len(step.decode_rows)
+        sent = self._staging.send(
+            (
+                step.table_at,
+                step.table_blocks,
+                step.token_rows.astype(np.int64),
+                step.token_ids,
+                rows,
+                positions,
+                step.chunk_ids,
+                step.chunk_rows.astype(np.int64),
+                step.wanted,
+            )
+        )
+        at, blocks, token_rows, token_ids, rows_there, positions_there, chunk_ids, chunk_rows, wanted = sent
+        if len(step.table_at):
+            self._tables.view(-1).index_copy_(0, at, blocks)
+        if len(step.token_rows):
+            self._last_tokens.index_copy_(0, token_rows, token_ids)
+        slots = self._slots(rows_there, positions_there)
+        decode_rows = rows_there[:num_decode]
         return Batch(
-            token_ids=self._tensor(tokens),
-            positions=self._tensor(positions),
-            slots=device_slots,
-            rows=kv_rows(device_slots, self._pool),
-            num_decode=len(decode),
-            decode=self._decode_rows(tables[: len(decode)], (starts + counts)[: len(decode)]) if decode else None,
-            prefill=self._prefill_rows(tables[len(decode) :], counts[len(decode) :], starts[len(decode) :])
-            if prefill
-            else None,
-            wanted=self._tensor(ends[lasts] - 1) if prefill else None,
+            token_ids=torch.cat((self._last_tokens.index_select(0, decode_rows), chunk_ids)),
+            positions=positions_there,
+            slots=slots,
+            rows=kv_rows(slots, self._pool),
+            num_decode=num_decode,
+            decode=self._decode(decode_rows, positions_there[:num_decode], step) if num_decode else None,
+            prefill=self._prefill(chunk_rows, step) if len(step.chunk_rows) else None,
+            wanted=None if len(step.wanted) == len(rows) else wanted,
         )
 
-    def _decode_rows(self, tables: np.ndarray, lens: np.ndarray) -> DecodeRows:
-        block_tables, context_lens = self._tensor(tables), self._tensor(lens.astype(np.int32))
-        plan = plan_decode(self._pool, block_tables, context_lens, self._windows, self._workspace)
-        return DecodeRows(block_tables, context_lens, plan)
+    @property
+    def staging(self) -> Staging:
+        return self._staging
 
-    def _prefill_rows(self, tables: np.ndarray, counts: np.ndarray, starts: np.ndarray) -> PrefillRows:
-        block_tables = self._tensor(tables)
-        query_starts = (0, *np.cumsum(counts).tolist())
-        context_lens = tuple((starts + counts).tolist())
-        plan = plan_prefill(self._pool, block_tables, query_starts, context_lens, self._windows)
-        return PrefillRows(block_tables, query_starts, context_lens, plan)
+    def _slots(self, rows: Tensor, positions: Tensor) -> Tensor:
+        block_tokens, width = self._pool.shape[4], self._tables.shape[1]
+        column = torch.div(positions, block_tokens, rounding_mode="floor")
+        blocks = self._tables.view(-1).index_select(0, rows * width + column)
+        return blocks.long() * block_tokens + positions - column * block_tokens
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._pool.device)
+    def _decode(self, rows: Tensor, positions: Tensor, step: StepInput) -> DecodeRows:
+        width = int(step.decode_positions.max()) // self._pool.shape[4] + 1
+        lens = (positions + 1).int()
+        tables = self._used(rows, lens, width)
+        return DecodeRows(tables, lens, plan_decode(self._pool, tables, lens, self._windows, self._workspace))
+
+    def _prefill(self, rows: Tensor, step: StepInput) -> PrefillRows:
+        contexts = step.chunk_starts + step.chunk_counts
+        tables = self._tables[:, : -(-int(contexts.max()) // self._pool.shape[4])].index_select(0, rows)
+        starts, lens = (0, *np.cumsum(step.chunk_counts).tolist()), tuple(contexts.tolist())
+        return PrefillRows(tables, starts, lens, plan_prefill(self._pool, tables, starts, lens, self._windows))
+
+    def _used(self, rows: Tensor, lens: Tensor, width: int) -> Tensor:
+        """Block tables [S, width] of these rows; what a row does not use repeats its first block: no stranger's."""
+        tables = self._tables[:, :width].index_select(0, rows)
+        columns = torch.arange(0, width * self._pool.shape[4], self._pool.shape[4], device=rows.device)
+        return torch.where(columns < lens[:, None], tables, tables[:, :1])
 
 
-def _tables(seqs: Seq[Sequence], lens: np.ndarray, block_tokens: int) -> np.ndarray:
-    """Block tables [S, B] i32 of the blocks that `lens` tokens take; the rest repeats the first: no stranger's."""
-    widths = -(-lens // block_tokens)
-    tables = np.empty((len(seqs), int(widths.max())), dtype=np.int32)
-    for row, seq, width in zip(tables, seqs, widths.tolist(), strict=True):
-        row[:width] = seq.table[:width]
-        row[width:] = seq.table[0]
-    return tables
+def _runs(starts: I64, counts: I64) -> I64:
+    """start, start + 1, ... of each start, so many, one run after the other."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    runs: I64 = np.arange(total) + np.repeat(starts - (ends - counts), counts)
+    return runs

@@ -88,6 +88,10 @@ class Ledger:
         self._keys[block] = key
         return True
 
+    def writable(self, block: BlockId) -> bool:
+        """Its only holder may write anywhere in it: no key says what it holds."""
+        return self._holders.get(block) == 1 and block not in self._keys
+
     def lookup(self, key: BlockKey) -> BlockId | None:
         """The block of this key, held or cached; hold it before anything else is allocated."""
         return self._by_key.get(key)

@@ -1,6 +1,11 @@
-"""What a request asks to change in its logits before a token is chosen: bias, penalties, no end before `min_tokens`."""
+"""What a request asks to change in its logits before a token is chosen: bias, penalties, no end before `min_tokens`.
 
+And masks, of which a grammar makes a new one for each token.
+"""
+
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -44,11 +49,14 @@ class LogitEdits:
                 self._put(token, _BIAS, -np.inf)
 
     @classmethod
-    def of(cls, sampling: Sampling, prompt: Ids) -> "LogitEdits | None":
-        """None where nothing is asked for.    prompt [T] i64."""
-        if _penalises(sampling) or sampling.logit_bias or sampling.min_tokens:
-            return cls(sampling, prompt)
-        return None
+    def of(cls, sampling: Sampling, prompt: Ids, answer: Iterable[int] = ()) -> "LogitEdits | None":
+        """None where nothing is asked for, or nothing any more after this answer.    prompt [T] i64."""
+        if not (_penalises(sampling) or sampling.logit_bias or sampling.min_tokens):
+            return None
+        edits = cls(sampling, prompt)
+        for token in answer:
+            edits.add(token)
+        return None if edits.spent else edits
 
     @property
     def spent(self) -> bool:
@@ -94,16 +102,45 @@ def _penalises(sampling: Sampling) -> bool:
     return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
 
 
-def edited(logits: Tensor, edits: Seq[LogitEdits | None]) -> Tensor:
-    """A copy of the logits [S, V] in f32, each row with its edits."""
-    rows = [(row, edit) for row, edit in enumerate(edits) if edit is not None]
-    places = np.concatenate([edit.token_ids + row * logits.shape[1] for row, edit in rows])
-    values = np.concatenate([edit.values for _, edit in rows], axis=1)
-    at = torch.from_numpy(places).to(logits.device)
-    bias, repetition, penalty = torch.from_numpy(values).to(logits.device)
+@dataclass(frozen=True, slots=True)
+class EditedPlaces:
+    """The logits [S, V] that edits touch, each once. Tensors are on the logits' device."""
+
+    at: Tensor  # [n] i64 = row * V + token
+    values: Tensor  # [3, n] f32: bias, repetition and penalty of each
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMasks:
+    """Which tokens some rows of the logits may choose at all: structured output. Tensors are on the logits' device."""
+
+    rows: Tensor  # [S'] i64: which rows of the logits, each at most once
+    bits: Tensor  # [S', ceil(V / 32)] i32: token t may be chosen where bit t % 32 of word t // 32 is 1
+
+
+def places_of(edits: Seq[LogitEdits], rows: Ids, vocab_size: int) -> tuple[Ids, Values]:
+    """EditedPlaces as arrays.    rows [len(edits)] i64: the row of the logits that each edits."""
+    places = np.concatenate([edit.token_ids + row * vocab_size for edit, row in zip(edits, rows.tolist(), strict=True)])
+    return places, np.concatenate([edit.values for edit in edits], axis=1)
+
+
+def edited(logits: Tensor, places: EditedPlaces) -> Tensor:
+    """A copy of the logits [S, V] in f32 with the edits. What is NaN stays it, and so does what is +inf, as NaN."""
+    bias, repetition, penalty = places.values
     copy = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     flat = copy.view(-1)
-    found = flat[at] + bias
+    before = flat[places.at]
+    found = before + bias
     found = torch.where(found > 0, found / repetition, found * repetition) - penalty
-    flat[at] = found.clamp(max=torch.finfo(torch.float32).max)  # a tiny repetition penalty gives no infinity
+    found.clamp_(max=torch.finfo(torch.float32).max)  # a tiny repetition penalty gives no infinity
+    flat[places.at] = found.masked_fill(before == torch.inf, torch.nan)
     return copy
+
+
+def masked(logits: Tensor, masks: TokenMasks) -> Tensor:
+    """A copy of the logits [S, V] in f32: -inf where a mask has a 0. What is NaN stays it; +inf there becomes it."""
+    vocab_size = logits.shape[1]
+    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+    allowed = ((masks.bits[:, :, None] >> shifts) & 1).flatten(1)[:, :vocab_size].bool()
+    change = torch.zeros(allowed.shape, device=logits.device).masked_fill_(~allowed, -torch.inf)
+    return logits.float().index_add(0, masks.rows, change)

@@ -1,139 +1,129 @@
-"""Logits to tokens. The random number behind a token is a function of (seed, branch, position) alone."""
+"""Logits to tokens. The random number behind a token is a function of (seed, branch, position) alone.
 
-from collections.abc import Sequence as Seq
+rows = table.take(batch_rows, positions)        # sampling_table.py
+drawn = sample(logits, rows)                    # starts the work; waits for nothing
+pending = drawn.to_host()                       # the same
+sampled = pending.result()                      # waits
+"""
+
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..core.request import Sampling, TokenLogprobs
-from .logit_edits import LogitEdits, edited
+from ..core.request import TokenLogprobs
+from .draws import DrawRows, draw
+from .logit_edits import EditedPlaces, TokenMasks, edited, masked
+from .logprobs import PendingLogprobs, RankedLogprobs, ranked_logprobs
+from .ranking import first_best
+from .staging import HostCopy
 
-Numbers = npt.NDArray[np.uint64]
-_MASK = (1 << 64) - 1
+NO_TOKEN = -1  # of a row whose logits give none
 
 
 @dataclass(frozen=True, slots=True)
-class DrawRows:
-    """How to draw a token for each row of logits. Tensors are on the logits' device."""
+class LogprobRows:
+    """The rows of the logits whose logprobs are wanted."""
 
-    temperature: Tensor  # [S, 1] f32; 0: greedy
-    top_k: Tensor  # [S, 1] i64; at least 1
-    top_p: Tensor  # [S, 1] f64
-    min_p: Tensor  # [S, 1] f64
-    seeds: Numbers  # [S] u64
-    branches: Numbers  # [S] u64
+    at: Tensor  # [L] i64, on the logits' device
+    rows: tuple[int, ...]  # L, the same
+    counts: tuple[int, ...]  # L: how many of the best
+
+    @property
+    def most(self) -> int:
+        return max(self.counts)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
-    """How to choose a token for each row of logits; the same from step to step while the rows are."""
+    """How to choose a token for each of S rows of logits. A row of which no part speaks is greedy."""
 
-    logprobs: tuple[int | None, ...]  # per row: None, or how many of the best
-    draw: DrawRows | None  # None: all rows are greedy
-
-    @classmethod
-    def of(cls, params: Seq[Sampling], vocab_size: int, device: torch.device) -> "SamplingRows":
-        logprobs = tuple(row.logprobs for row in params)
-        if all(row.temperature == 0 for row in params):
-            return cls(logprobs, None)
-
-        def column(values: list[float], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)[:, None]
-
-        draw = DrawRows(
-            temperature=column([row.temperature for row in params], torch.float32),
-            top_k=column([min(row.top_k or vocab_size, vocab_size) for row in params], torch.int64),
-            top_p=column([row.top_p for row in params], torch.float64),
-            min_p=column([row.min_p for row in params], torch.float64),
-            seeds=np.array([row.seed & _MASK for row in params], dtype=np.uint64),
-            branches=np.array([row.branch for row in params], dtype=np.uint64),
-        )
-        return cls(logprobs, draw)
+    count: int  # S
+    draws: tuple[DrawRows, ...] = ()  # each row in one at most
+    edits: EditedPlaces | None = None
+    masks: TokenMasks | None = None
+    logprobs: LogprobRows | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs | None]
+    """What was chosen, as the host knows it."""
+
+    token_ids: list[int]  # S; NO_TOKEN where the logits gave none
+    logprobs: dict[int, TokenLogprobs]  # by row of the logits, of those that asked
+
+
+class Pending:
+    """Chosen tokens on their way to the host."""
+
+    def __init__(self, token_ids: HostCopy, logprobs: PendingLogprobs | None, rows: LogprobRows | None) -> None:
+        self._token_ids = token_ids
+        self._logprobs = logprobs
+        self._rows = rows
+
+    def ready(self) -> bool:
+        """result() would not wait."""
+        return self._token_ids.ready() and (self._logprobs is None or self._logprobs.ready())
+
+    def result(self) -> Sampled:
+        """Waits until the copy is here."""
+        token_ids: list[int] = self._token_ids.wait()[0].tolist()
+        if self._logprobs is None or self._rows is None:
+            return Sampled(token_ids, {})
+        found = self._logprobs.result(self._rows.counts)
+        return Sampled(token_ids, dict(zip(self._rows.rows, found, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What was chosen, on the logits' device."""
+
+    token_ids: Tensor  # [S] i64; NO_TOKEN where the logits gave none
+    logprobs: RankedLogprobs | None = None  # of `logprob_rows`
+    logprob_rows: LogprobRows | None = None
+
+    def to_host(self) -> Pending:
+        """Starts the copies; waits for nothing."""
+        logprobs = None if self.logprobs is None else self.logprobs.to_host()
+        return Pending(HostCopy([self.token_ids]), logprobs, self.logprob_rows)
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, rows: SamplingRows, positions: Seq[int], edits: Seq[LogitEdits | None] = ()) -> Sampled:
-    """One token per row.    logits [S, V]; positions: S, which token of its answer each row chooses, from 0.
+def sample(logits: Tensor, rows: SamplingRows) -> Drawn:
+    """One token per row.    logits [S, V], which stay as they are
 
-    Edits (one per row, or none at all), then temperature, then top-k, then top-p, then min-p, each on what the one
-    before left; the order of transformers.
+    Edits and masks, then temperature, then top-k, then top-p, then min-p, each on what the one before left; the order
+    of transformers. Logprobs are those before all of these.
+
+    A row gets NO_TOKEN if it holds NaN or +inf, or nothing finite; or if its mask leaves nothing.
     """
+    assert logits.shape[0] == rows.count, (logits.shape, rows.count)
+    values = logits if rows.edits is None else edited(logits, rows.edits)
     # In f32: torch's argmax of bfloat16 is three times as slow on a CPU.
-    values = edited(logits, edits) if any(edits) else logits.float()
-    best = values.argmax(-1)
-    chosen = best if rows.draw is None else _draw(values, best, rows.draw, positions)
-    token_ids: list[int] = chosen.tolist()
-    if all(count is None for count in rows.logprobs):
-        return Sampled(token_ids, [None] * len(token_ids))
-    return Sampled(token_ids, _logprobs(logits, token_ids, rows.logprobs))
+    values = values.float() if rows.masks is None else masked(values, rows.masks)
+    best = first_best(values)
+    token_ids = best
+    for group in rows.draws:
+        drawn = draw(values, best, group)
+        token_ids = drawn if group.at is None else token_ids.index_copy(0, group.at, drawn)
+    token_ids = torch.where(_usable(logits, values, best, rows.masks), token_ids, NO_TOKEN)
+    if rows.logprobs is None:
+        return Drawn(token_ids)
+    at = rows.logprobs.at
+    found = ranked_logprobs(logits[at], token_ids[at], rows.logprobs.most)
+    return Drawn(token_ids, found, rows.logprobs)
 
 
-def uniform(seeds: Numbers, branches: Numbers, positions: Numbers) -> npt.NDArray[np.float64]:
-    """[0, 1), 53 bits, of each (seed, branch, position).    All [S] u64 -> [S] f64.
+def _usable(logits: Tensor, values: Tensor, best: Tensor, masks: TokenMasks | None) -> Tensor:
+    """Which rows give a token: [S] bool. `best` has read them all already.
 
-    Three rounds of splitmix64's finaliser (Steele, Lea and Flood, 2014), one per part, so that neighbours in any part
-    are as far apart as strangers.
+    The argmax is the first NaN where there is one, and edits and masks make NaN of +inf: so the logit there tells of
+    all. That edits leave nothing (each token a stop token, before min_tokens) is no fault of the logits: some token is
+    chosen. A mask that leaves nothing is one: what it forbids must not be said.
     """
-    state = _mix(seeds + np.uint64(0x9E3779B97F4A7C15))
-    state = _mix(state ^ (branches + np.uint64(0xD1B54A32D192ED03)))
-    state = _mix(state ^ (positions + np.uint64(0x8CB92BA72F3D8DD7)))
-    high: npt.NDArray[np.float64] = (state >> np.uint64(11)).astype(np.float64)
-    return high * 2.0**-53
-
-
-def _mix(state: Numbers) -> Numbers:
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: Numbers = state ^ (state >> np.uint64(31))
-    return mixed
-
-
-def _draw(logits: Tensor, best: Tensor, rows: DrawRows, positions: Seq[int]) -> Tensor:
-    probabilities, order = _filtered(logits, rows)
-    cumulative = probabilities.cumsum(-1)
-    numbers = uniform(rows.seeds, rows.branches, np.array(positions, dtype=np.uint64))
-    target = torch.from_numpy(numbers).to(logits.device)[:, None] * cumulative[:, -1:]
-    # The first whose running sum passes the target; never one of probability zero, for its sum equals its neighbour's.
-    index = (cumulative <= target).sum(-1, keepdim=True)
-    drawn = order.gather(1, index)[:, 0]
-    return torch.where(rows.temperature[:, 0] == 0, best, drawn)
-
-
-def _filtered(logits: Tensor, rows: DrawRows) -> tuple[Tensor, Tensor]:
-    """(probabilities [S, V] f64, best first, 0 where filtered out, not normalised; their token ids [S, V]).
-
-    logits [S, V] f32
-    """
-    values, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    divisor = torch.where(rows.temperature == 0, 1.0, rows.temperature)
-    scaled = ((values - values[:, :1]) / divisor).double()  # the best at 0: a tiny temperature can't overflow
-    weights = torch.softmax(scaled, -1)
-    rank = torch.arange(weights.shape[1], device=weights.device)[None, :]
-    weights = weights.masked_fill(rank >= rows.top_k, 0.0)
-    weights = weights / weights.sum(-1, keepdim=True)
-    before = weights.cumsum(-1) - weights
-    weights = weights.masked_fill((before >= rows.top_p) & (rank > 0), 0.0)
-    return weights.masked_fill(weights < rows.min_p * weights[:, :1], 0.0), order
-
-
-def _logprobs(logits: Tensor, token_ids: list[int], wanted: Seq[int | None]) -> list[TokenLogprobs | None]:
-    """Before edits, temperature and filters."""
-    rows = [row for row, count in enumerate(wanted) if count is not None]
-    table = torch.log_softmax(logits[rows].float(), -1)
-    most = min(max(count or 0 for count in wanted), table.shape[1])
-    values, ids = (part.tolist() for part in table.topk(most, -1))
-    own = table.gather(1, torch.tensor([[token_ids[row]] for row in rows], device=table.device))[:, 0].tolist()
-    found: list[TokenLogprobs | None] = [None] * len(token_ids)
-    for index, row in enumerate(rows):
-        count = wanted[row]
-        found[row] = TokenLogprobs(own[index], tuple(zip(ids[index][:count], values[index][:count], strict=True)))
-    return found
+    at = best[:, None]
+    usable = logits.gather(1, at)[:, 0].abs() < torch.inf  # isfinite, in a third of its time
+    if masks is not None:
+        nothing_left = values.gather(1, at)[:, 0].index_select(0, masks.rows) == -torch.inf
+        usable = usable.index_copy(0, masks.rows, usable.index_select(0, masks.rows) & ~nothing_left)
+    return usable

@@ -1,38 +1,77 @@
 """The state of one generation on one engine."""
 
+from collections.abc import Sequence as Seq
+
 import numpy as np
+import numpy.typing as npt
 
 from ..core.ids import BlockId, BlockKey, SequenceId
-from ..core.request import EndReason, Request, Sampling
-from .logit_edits import LogitEdits
+from ..core.request import EndReason, Request, Sampling, TokenLogprobs
 
 
 class Sequence:
     """Prompt, answer so far, and the blocks that hold their KV.
 
-    [0, computed) KV is in `blocks` | [computed, length) tokens known, KV still to do
+    [0, computed) KV is in `blocks` | [computed, length) tokens known, KV still to do, or under way
     """
 
-    def __init__(self, sequence_id: SequenceId, prompt: tuple[int, ...], sampling: Sampling, salt: str = "") -> None:
-        """Raises ValueError for an empty prompt."""
+    __slots__ = (
+        "blocks",
+        "cached_tokens",
+        "charged",
+        "computed",
+        "keys",
+        "priority",
+        "prompt",
+        "prompt_logprobs",
+        "salt",
+        "sampling",
+        "sequence_id",
+        "tag",
+        "tenant",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        sequence_id: SequenceId,
+        prompt: tuple[int, ...],
+        sampling: Sampling,
+        salt: str = "",
+        *,
+        priority: int = 0,
+        tenant: str = "",
+        tag: int = 0,
+    ) -> None:
+        """tag: the caller's, given back with each token. Raises ValueError for an empty prompt."""
         if not prompt:
             raise ValueError("a prompt has at least one token")
         self.sequence_id = sequence_id
         self.prompt = prompt
         self.sampling = sampling
         self.salt = salt
+        self.priority = priority
+        self.tenant = tenant
+        self.tag = tag
         self.tokens: list[int] = []  # of the answer
-        self.blocks: list[BlockId] = []  # held for this sequence, in order; the engine's to change
+        self.blocks: list[BlockId] = []  # held for this sequence, in order
         self.computed = 0
-        self.keys: list[BlockKey] = []  # of the full blocks that the prefix cache knows by now
-        self.ids = np.empty(len(prompt) + sampling.max_tokens, dtype=np.int64)  # prompt and answer; [:length] is valid
-        self.ids[: len(prompt)] = prompt
-        self.edits = LogitEdits.of(sampling, self.ids[: len(prompt)])  # None: nothing is asked for, or it is over
-        self.table = np.empty(0, dtype=np.int32)  # blocks, as the batch wants them
+        self.keys: list[BlockKey] = []  # of its full blocks that the prefix cache knows by now
+        self.charged = 0  # tokens whose computing its tenant has been charged for
+        self.cached_tokens = 0  # of the prompt, found in the prefix cache when it first started
+        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  # once the prompt is computed, where asked for
 
     @classmethod
-    def of(cls, request: Request) -> "Sequence":
-        return cls(request.sequence_id, request.prompt, request.sampling, request.salt)
+    def of(cls, request: Request, tag: int = 0) -> "Sequence":
+        return cls(
+            request.sequence_id,
+            request.prompt,
+            request.sampling,
+            request.salt,
+            priority=request.priority,
+            tenant=request.tenant,
+            tag=tag,
+        )
 
     @property
     def length(self) -> int:
@@ -40,33 +79,26 @@ class Sequence:
         return len(self.prompt) + len(self.tokens)
 
     @property
-    def remaining(self) -> int:
-        """Tokens known whose KV is still to be computed: the next chunk is at most that long."""
-        return self.length - self.computed
-
-    @property
     def max_length(self) -> int:
         """Tokens when the answer is as long as it may become."""
-        return len(self.ids)
+        return len(self.prompt) + self.sampling.max_tokens
 
-    def append(self, token: int) -> None:
-        """One more token of the answer."""
-        self.ids[self.length] = token
-        self.tokens.append(token)
-        if self.edits is not None:
-            self.edits.add(token)
-            if self.edits.spent:
-                self.edits = None
+    def tokens_between(self, start: int, end: int) -> Seq[int]:
+        """Tokens [start, end) of prompt and answer."""
+        split = len(self.prompt)
+        if start >= split:
+            return self.tokens[start - split : end - split]
+        if end <= split:
+            return self.prompt[start:end]
+        return (*self.prompt[start:], *self.tokens[: end - split])
 
-    def give(self, blocks: list[BlockId]) -> None:
-        """More blocks, which the caller holds for this sequence."""
-        self.blocks += blocks
-        self.table = np.array(self.blocks, dtype=np.int32)
+    def ids(self, start: int, end: int) -> npt.NDArray[np.int64]:
+        """The same as an array."""
+        return np.array(self.tokens_between(start, end), dtype=np.int64)
 
     def take_blocks(self) -> list[BlockId]:
         """All its blocks, which are the caller's to release; the sequence has none, and no KV, after."""
         blocks, self.blocks = self.blocks, []
-        self.table = np.empty(0, dtype=np.int32)
         self.computed = 0
         self.keys = []
         return blocks

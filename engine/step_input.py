@@ -5,7 +5,7 @@ position. The tokens of a step: one per decode row first, then the prompts' chun
 """
 
 import struct
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import numpy.typing as npt
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
-_LENGTHS = struct.Struct("<13I")  # elements of each field, in order
+_LENGTHS = struct.Struct("<14Q")  # elements of each field, in order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,8 @@ class StepInput:
     chunk_starts: I64  # [C] position of each chunk's first token
     chunk_counts: I64  # [C]
     chunk_ids: I64  # [sum of chunk_counts] token ids
-    wanted: I64  # [S'] of the step's T tokens, those whose logits are wanted, rising
+    wanted: I64  # of the step's T tokens, those whose logits are wanted, rising
+    sampled_rows: I32  # [S'] rows that get a token; what it is comes after the forward pass
 
     @property
     def num_tokens(self) -> int:
@@ -40,27 +41,24 @@ class StepInput:
 
     def to_bytes(self) -> bytes:
         """For the other ranks of this host: no port takes it."""
-        arrays = [getattr(self, field.name) for field in fields(self)]
-        return b"".join([_padded(_LENGTHS.pack(*map(len, arrays))), *(_padded(array.tobytes()) for array in arrays)])
+        arrays = [getattr(self, name) for name, _ in _FIELDS]
+        return b"".join([_LENGTHS.pack(*map(len, arrays)), *(_padded(array.tobytes()) for array in arrays)])
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview) -> "StepInput":
         """Views of `data`, read-only."""
-        offset, values = _whole_words(_LENGTHS.size), {}
-        for name, length in zip(cls.__dataclass_fields__, _LENGTHS.unpack_from(data), strict=True):
-            dtype = np.dtype(np.int32 if name in _NARROW else np.int64)
-            values[name] = np.frombuffer(data, dtype, length, offset)
-            offset += _whole_words(length * dtype.itemsize)
-        return cls(**values)
+        offset, arrays = _LENGTHS.size, []
+        for (_, dtype), length in zip(_FIELDS, _LENGTHS.unpack_from(data), strict=True):
+            arrays.append(np.frombuffer(data, dtype, length, offset))
+            offset += -(-length * dtype.itemsize // 8) * 8
+        return cls(**dict(zip(_NAMES, arrays, strict=True)))
 
 
-_NARROW = frozenset({"copy_from", "copy_to", "table_blocks", "token_rows", "decode_rows", "chunk_rows"})
-
-
-def _whole_words(size: int) -> int:
-    return -(-size // 8) * 8
+_NARROW = frozenset({"copy_from", "copy_to", "table_blocks", "token_rows", "decode_rows", "chunk_rows", "sampled_rows"})
+_FIELDS = tuple((name, np.dtype(np.int32 if name in _NARROW else np.int64)) for name in StepInput.__dataclass_fields__)
+_NAMES = tuple(name for name, _ in _FIELDS)
 
 
 def _padded(data: bytes) -> bytes:
-    """So that every array begins where its numbers are aligned."""
-    return data.ljust(_whole_words(len(data)), b"\0")
+    """So that the next array begins where its numbers are aligned."""
+    return data if len(data) % 8 == 0 else data + bytes(-len(data) % 8)

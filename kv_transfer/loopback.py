@@ -14,7 +14,7 @@ from ..core.tickets import Piece
 from .inbox import Inbox, deliver
 from .integrity import Bytes
 from .messages import Delivery, Message, Returned
-from .pool import BlockPool
+from .pool import Blocks
 from .transport import Moved, moved, read, write_verified
 
 
@@ -69,7 +69,7 @@ class LoopbackTransport:
 
     name = "loopback"
 
-    def __init__(self, hub: Hub, pool: BlockPool, executor: Executor) -> None:
+    def __init__(self, hub: Hub, pool: Blocks, executor: Executor) -> None:
         self._hub = hub
         self._pool = pool
         self._executor = executor

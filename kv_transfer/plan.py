@@ -7,7 +7,12 @@ from ..core.errors import GeometryMismatch
 from ..core.ids import BlockId
 from ..core.tickets import Geometry
 
-_UNITS = {"num_layers": "layers", "num_kv_heads": "KV heads per rank", "block_tokens": "tokens per block"}
+_UNITS = {
+    "num_layers": "layers",
+    "num_kv_heads": "KV heads",
+    "block_tokens": "tokens per block",
+    "first_layer": "first layer",
+}
 
 
 def require_same(source: Geometry, reader: Geometry) -> None:

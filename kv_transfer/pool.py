@@ -1,6 +1,7 @@
 """A rank's KV pool as bytes: read scattered blocks into one run, write one run into scattered blocks."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -8,6 +9,22 @@ import torch
 from ..core.ids import BlockId
 from ..kernels.block_copy import gather_blocks, scatter_blocks
 from .integrity import Bytes
+
+
+class Blocks(Protocol):
+    """Where a transport reads and writes a worker's blocks, each B bytes: all layers, K and V, all KV heads."""
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    def mark(self) -> torch.cuda.Event | None:
+        """The point in the caller's stream after which its blocks are written. None where nothing is asynchronous."""
+
+    def gather(self, blocks: Sequence[BlockId], after: torch.cuda.Event | None = None) -> Bytes:
+        """Copy of the blocks as they are after `after`, [n, B] u8 contiguous, on the host."""
+
+    def scatter(self, blocks: Sequence[BlockId], source: Bytes) -> None:
+        """source [n, B] u8; every byte is in the pool on return."""
 
 
 class BlockPool:

@@ -23,7 +23,7 @@ from ..core.ids import BlockId, TicketId
 from ..core.tickets import Piece
 from .integrity import Bytes
 from .messages import Delivery, Message, Returned
-from .pool import BlockPool
+from .pool import Blocks
 from .transport import Moved, moved, read, write_verified
 
 NAMESPACE = "baton"
@@ -41,7 +41,7 @@ class RayStoreTransport:
 
     name = "ray_store"
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: Blocks) -> None:
         self._pool = pool
         self._offers = ThreadPoolExecutor(_THREADS, thread_name_prefix="kv-offer")
         self._pulls = ThreadPoolExecutor(_THREADS, thread_name_prefix="kv-pull")

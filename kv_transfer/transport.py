@@ -17,7 +17,7 @@ from ..core.ids import BlockId, TicketId
 from ..core.tickets import Piece
 from .integrity import Bytes, bad_blocks, checksums
 from .messages import Delivery, Returned
-from .pool import BlockPool
+from .pool import Blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,15 +65,13 @@ class Transport(Protocol):
         """Objects of the transport that still keep offered bytes, for the ledger dump."""
 
 
-def read(
-    pool: BlockPool, piece: Piece, blocks: Sequence[BlockId], after: torch.cuda.Event | None
-) -> tuple[Piece, Bytes]:
+def read(pool: Blocks, piece: Piece, blocks: Sequence[BlockId], after: torch.cuda.Event | None) -> tuple[Piece, Bytes]:
     """The bytes of an offer, [n, B] u8, and the piece with its checksums."""
     data = pool.gather(blocks, after)
     return replace(piece, checksums=checksums(piece.ticket_id, piece.blocks, data)), data
 
 
-def write_verified(pool: BlockPool, piece: Piece, data: Bytes, into: Sequence[BlockId]) -> None:
+def write_verified(pool: Blocks, piece: Piece, data: Bytes, into: Sequence[BlockId]) -> None:
     """Raises CorruptPiece, and then has written nothing."""
     bad = bad_blocks(piece.ticket_id, piece.blocks, data, piece.checksums)
     if bad:

@@ -82,6 +82,16 @@ class WorkerMetrics:
         self._sequences = Gauge(names.WORKER_SEQUENCES, "Sequences here.", ["state"], registry=registry)
         self._waiting = Gauge(names.WORKER_WAITING_TOKENS, "Prompt tokens still to compute.", registry=registry)
         self._blocks = Gauge(names.WORKER_BLOCKS, "KV blocks; lent ones are held too.", ["state"], registry=registry)
+        self._unused = Gauge(
+            names.WORKER_UNUSED_SLOTS, "Token slots of held KV blocks that hold no token.", registry=registry
+        )
+        self._preemptions = Counter(
+            names.WORKER_PREEMPTIONS,
+            "Sequences that made room, by what became of their KV.",
+            ["kind"],
+            registry=registry,
+        )
+        self._swapped = Counter(names.WORKER_SWAP_BYTES, "Bytes to and from host memory.", registry=registry)
         self._transfers = Counter(names.WORKER_TRANSFERS, "Pieces pulled.", registry=registry)
         self._bytes = Counter(names.WORKER_TRANSFER_BYTES, "Bytes pulled.", registry=registry)
         self._seconds = Counter(names.WORKER_TRANSFER_SECONDS, "Time spent in pulls.", registry=registry)
@@ -95,6 +105,10 @@ class WorkerMetrics:
         kinds = (("sampled", report.tokens), ("prefill", report.prefill_tokens), ("cached", report.cached_tokens))
         for kind, tokens in kinds:
             self._tokens.labels(kind).inc(tokens)
+        for kind, sequences in (("swap", report.preempted_swap), ("recompute", report.preempted_recompute)):
+            self._preemptions.labels(kind).inc(sequences)
+        self._swapped.inc(report.swap_bytes)
+        self._unused.set(report.unused_slots)
         self._transfers.inc(report.transfers)
         self._bytes.inc(report.transfer_bytes)
         self._seconds.inc(report.transfer_s)

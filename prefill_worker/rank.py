@@ -21,11 +21,11 @@ def run(config: WorkerConfig, inbox: Inbox, make_transport: MakeTransport = RayS
         )
         role = PrefillRole(
             rank.engine,
+            rank.batch,
             lending,
             rank.outbox,
             rank.reporter,
             rank.limits,
-            step_tokens=config.step_tokens,
             ticket_timeout_s=config.handover_timeout_s,
             transport_name=rank.transport.name,
         )

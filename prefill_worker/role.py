@@ -2,6 +2,9 @@
 
 waiting -> running (chunks) -> first token -> lent until the reader has committed -> ended
                                     \\-> ended: the answer is complete with it
+
+Prompts that a decode worker waits for come first. The others leave room for any one of those: else a circle could
+close, our blocks held by prompts that wait for decode workers' blocks, and those reserved for prompts that wait here.
 """
 
 from collections.abc import Callable
@@ -11,9 +14,11 @@ from time import perf_counter, time_ns
 from ..core.errors import BatonError, DeadlineExceeded, LeaseExpired, RequestConflict, StaleEpoch, from_code
 from ..core.frames import Command, HandOver, Hello, Release
 from ..core.ids import SequenceId
-from ..core.request import Ended, EndReason, Load, Request, SequenceTokens
+from ..core.request import Ended, EndReason, Load, Request
 from ..core.tickets import Ticket
-from ..engine.engine import Engine, StepResult
+from ..engine.continuous_batch import ContinuousBatch, StepResult
+from ..engine.engine import Engine
+from ..engine.members import Goal
 from ..engine.sequence import Sequence
 from ..kv_transfer.messages import Delivery, Returned
 from ..observe import names
@@ -22,17 +27,15 @@ from ..worker.loop import LinkClosed, RoleState, Survey
 from ..worker.outbox import Outbox
 from ..worker.reporting import Reporter, transfer_attributes
 from ..worker.roster import Limits, Member, Roster, failed
-from .scheduler import Running, Waiting, plan_starts, plan_step
+from ..worker.tokens import give_tokens
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Prompt(Member):
-    """One sequence on a prefill worker. Has a `sequence` from its start on."""
+    """One sequence on a prefill worker."""
 
-    expected: bool = False  # it has a ticket, or needs none
-    sequence: Sequence | None = None
-    cached_tokens: int = 0
-    started_ns: int = 0
+    sequence: Sequence
+    started_ns: int = 0  # 0: it still waits
     chunks: int = 0
     first_token: int | None = None
     offered_ns: int = 0  # 0: nothing was announced
@@ -45,27 +48,27 @@ class PrefillRole:
     def __init__(
         self,
         engine: Engine,
+        batch: ContinuousBatch,
         lending: Lending,
         outbox: Outbox,
         reporter: Reporter,
         limits: Limits,
         *,
-        step_tokens: int,
         ticket_timeout_s: float,
         transport_name: str,
         now_ns: Callable[[], int] = time_ns,
     ) -> None:
-        self._engine = engine
-        self._largest = engine.blocks_for(limits.max_model_len)
+        self._ledger = engine.ledger
+        self._block_tokens = engine.geometry.block_tokens
+        self._largest = self._blocks_for(limits.max_model_len)
+        self._batch = batch
         self._lending = lending
         self._outbox = outbox
         self._reporter = reporter
-        self._step_tokens = step_tokens
         self._ticket_timeout_s = ticket_timeout_s
         self._transport_name = transport_name
         self._now_ns = now_ns
         self._roster: Roster[Prompt] = Roster(limits)
-        self._running: dict[SequenceId, Prompt] = {}
 
     # What others say
 
@@ -103,50 +106,47 @@ class PrefillRole:
 
     def step(self, now: float) -> bool:
         self._expire(now)
-        self._start()
-        plan = plan_step(
-            [Running(key, sequence_of(prompt).remaining) for key, prompt in self._running.items()], self._step_tokens
-        )
-        if not plan.chunks:
-            return False
         begin = perf_counter()
-        prompts = [self._running[sequence_id] for sequence_id, _ in plan.chunks]
-        result = self._engine.step(
-            [(sequence_of(prompt), count) for prompt, (_, count) in zip(prompts, plan.chunks, strict=True)], []
-        )
-        self._reporter.step(len(prompts), perf_counter() - begin, len(result.tokens), result.stats.prefill_tokens)
-        for prompt in prompts:
+        result = self._batch.step(now)
+        if result is None:
+            return False
+        for sequence in result.started:
+            self._started(self._of(sequence))
+        advanced = [self._of(sequence) for sequence in result.advanced if sequence.sequence_id in self._roster]
+        for prompt in advanced:
             prompt.chunks += 1
+        self._reporter.step(result, perf_counter() - begin)
+        self._reporter.preempted(self._batch.preemptions)
         self._first_tokens(result, now)
-        for prompt in prompts:
-            if prompt.sequence_id in self._running:
+        for prompt in advanced:
+            if self._roster.get(prompt.sequence_id) is prompt:
                 self._announce(prompt, now)
         return True
 
     def state(self, *, drain: bool = False) -> RoleState:
         self._roster.draining |= drain
-        ledger, waiting = self._engine.ledger, self._roster.waiting
-        tokens = sum(len(prompt.request.prompt) for prompt in waiting.values())
-        tokens += sum(sequence_of(prompt).remaining for prompt in self._running.values())
         load = Load(
-            running=len(self._running),
-            waiting=len(waiting),
-            waiting_tokens=tokens,
-            free_blocks=ledger.available,
-            total_blocks=ledger.num_blocks,
+            running=self._batch.running,
+            waiting=self._batch.waiting,
+            waiting_tokens=self._batch.tokens_ahead(),
+            free_blocks=self._ledger.available,
+            total_blocks=self._ledger.num_blocks,
             draining=self._roster.draining,
         )
-        return RoleState(load, len(self._roster) + self._lending.open_loans())
+        return RoleState(
+            load,
+            len(self._roster) + self._lending.open_loans(),
+            lent_blocks=self._lending.lent_blocks(),
+            unused_slots=self._batch.unused_slots(),
+        )
 
     def survey(self) -> Survey:
-        held = [
-            (prompt.sequence_id, "prefilling" if prompt.first_token is None else "computed", prompt.sequence.blocks)
-            for prompt in self._roster
-            if prompt.sequence is not None and prompt.sequence.blocks
-        ]
         deadlines = [self._roster.next_deadline(), self._lending.next_deadline()]
         deadlines += [prompt.ticket_by for prompt in self._roster]
-        return Survey((*held, *self._lending.holders()), min((at for at in deadlines if at is not None), default=None))
+        return Survey(
+            (*self._batch.holders(), *self._lending.holders()),
+            min((at for at in deadlines if at is not None), default=None),
+        )
 
     def _admit(self, link: int, request: Request, now: float) -> None:
         known = self._roster.get(request.sequence_id)
@@ -155,11 +155,13 @@ class PrefillRole:
                 conflict = RequestConflict("another router's request has this id")
                 self._outbox.ended(link, failed(request.sequence_id, conflict))
             return
-        deadline = None if request.timeout_s is None else now + request.timeout_s
-        prompt = Prompt(link, request, self._now_ns(), deadline, expected=request.sampling.max_tokens == 1)
-        error = self._roster.admit(prompt, self._engine.blocks_for(len(request.prompt)))
+        prompt = Prompt(link, request, self._now_ns(), request.deadline(now), sequence=Sequence.of(request))
+        error = self._roster.admit(prompt, self._blocks_for(len(request.prompt)))
         if error is not None:
             self._outbox.ended(link, failed(request.sequence_id, error))
+            return
+        expected = request.sampling.max_tokens == 1  # else it becomes so with its ticket
+        self._batch.add(prompt.sequence, now, Goal.PROMPT, spare=0 if expected else self._largest)
 
     def _hand_over(self, link: int, sequence_id: SequenceId, ticket: Ticket, now: float) -> None:
         prompt = self._roster.get_of(link, sequence_id)
@@ -170,7 +172,8 @@ class PrefillRole:
         except BatonError as error:
             self._fail(prompt, error)
             return
-        prompt.expected, prompt.ticket_by = True, None
+        prompt.ticket_by = None
+        self._batch.urge(prompt.sequence)
         self._announce(prompt, now)
 
     def _expire(self, now: float) -> None:
@@ -183,64 +186,41 @@ class PrefillRole:
         for prompt in [prompt for prompt in self._roster if prompt.ticket_by is not None and now >= prompt.ticket_by]:
             self._fail(prompt, LeaseExpired("no decode worker came for the prompt's KV in time"))
 
-    def _start(self) -> None:
-        if not self._roster.waiting:
+    def _started(self, prompt: Prompt) -> None:
+        """It has blocks. Again, after it made room for another: nothing."""
+        if prompt.started_ns:
             return
-        waiting = (
-            Waiting(key, self._engine.blocks_for(len(prompt.request.prompt)), prompt.expected)
-            for expected in (True, False)  # lazily: many may wait, few begin
-            for key, prompt in self._roster.waiting.items()
-            if prompt.expected is expected
-        )
-        available, max_batch = self._engine.ledger.available, self._engine.max_batch
-        for key in plan_starts(waiting, len(self._running), available, max_batch, self._largest):
-            prompt = self._roster.waiting[key]
-            prompt.sequence = Sequence.of(prompt.request)
-            prompt.cached_tokens = self._engine.start(prompt.sequence, len(prompt.request.prompt))
-            prompt.started_ns = self._now_ns()
-            self._roster.start(prompt)
-            self._running[key] = prompt
-            self._reporter.cached(prompt.cached_tokens)
-            self._reporter.part(prompt, names.SPAN_QUEUE, prompt.arrived_ns, prompt.started_ns)
+        prompt.started_ns = self._now_ns()
+        self._roster.start(prompt)
+        self._reporter.cached(prompt.sequence.cached_tokens)
+        self._reporter.part(prompt, names.SPAN_QUEUE, prompt.arrived_ns, prompt.started_ns)
 
     def _first_tokens(self, result: StepResult, now: float) -> None:
-        for chosen in result.tokens:
-            prompt = self._running[chosen.sequence.sequence_id]
-            prompt.first_token = chosen.token
-            tokens = SequenceTokens(
-                sequence_id=prompt.sequence_id,
-                first_position=0,
-                token_ids=(chosen.token,),
-                logprobs=() if chosen.logprobs is None else (chosen.logprobs,),
-                cached_tokens=prompt.cached_tokens,
-            )
-            self._outbox.tokens(prompt.link, tokens)
+        for sequence in give_tokens(self._outbox, self._roster, result.tokens):
+            prompt = self._of(sequence)
+            prompt.first_token = sequence.tokens[0]
             counts = (
                 (names.GEN_AI_USAGE_INPUT, len(prompt.request.prompt)),
-                (names.GEN_AI_USAGE_CACHED, prompt.cached_tokens),
+                (names.GEN_AI_USAGE_CACHED, sequence.cached_tokens),
                 (names.STEPS, prompt.chunks),
             )
             self._reporter.part(prompt, names.SPAN_PREFILL, prompt.started_ns, self._now_ns(), counts)
-            reason = chosen.sequence.end_reason()
-            if reason is not None:
-                self._end(prompt, reason)
+            prompt.ticket_by = now + self._ticket_timeout_s
+        for sequence, reason in result.ended:  # the answer is complete with its first token
+            if isinstance(reason, BatonError):
+                self._fail(self._of(sequence), reason)
             else:
-                prompt.ticket_by = now + self._ticket_timeout_s
+                self._end(self._of(sequence), reason)
 
     def _announce(self, prompt: Prompt, now: float) -> None:
         """Offer what is complete, if there is a ticket; when that is all, only the loan holds blocks any more."""
-        sequence = prompt.sequence
-        if sequence is None:
-            return
-        done = prompt.first_token is not None
-        complete = len(sequence.blocks) if done else sequence.computed // self._engine.geometry.block_tokens
+        sequence, done = prompt.sequence, prompt.first_token is not None
+        complete = len(sequence.blocks) if done else sequence.computed // self._block_tokens
         if self._lending.announce(prompt.sequence_id, sequence.blocks, complete, now, prompt.first_token):
             prompt.offered_ns = prompt.offered_ns or self._now_ns()
             if done:
                 prompt.ticket_by = None
-                self._engine.finish(sequence)
-        if done:
-            self._running.pop(prompt.sequence_id, None)
+                self._batch.remove(sequence)
 
     def _fail(self, prompt: Prompt, error: BatonError) -> None:
         # A reader's stale ticket is the router's to place again, not the client's to see.
@@ -250,10 +230,8 @@ class PrefillRole:
     def _end(self, prompt: Prompt, reason: EndReason, error: BatonError | None = None) -> None:
         """The one way out: every block is back, or stays with a loan whose bytes are still read."""
         self._roster.remove(prompt)
-        self._running.pop(prompt.sequence_id, None)
         self._lending.withdraw(prompt.sequence_id)
-        if prompt.sequence is not None:
-            self._engine.finish(prompt.sequence)
+        self._batch.remove(prompt.sequence)
         ended = failed(prompt.sequence_id, error) if error else Ended(sequence_id=prompt.sequence_id, reason=reason)
         self._outbox.ended(prompt.link, ended)
 
@@ -261,7 +239,10 @@ class PrefillRole:
         attributes = transfer_attributes(loan.moved, self._transport_name, loan.ticket.ticket_id)
         self._reporter.part(prompt, names.SPAN_OFFER, prompt.offered_ns, self._now_ns(), attributes)
 
+    def _of(self, sequence: Sequence) -> Prompt:
+        prompt = self._roster.get(sequence.sequence_id)
+        assert prompt is not None, sequence.sequence_id
+        return prompt
 
-def sequence_of(prompt: Prompt) -> Sequence:
-    assert prompt.sequence is not None, prompt.sequence_id
-    return prompt.sequence
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._block_tokens)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from dataclasses import replace
 
 import uvloop
 
@@ -78,7 +77,9 @@ async def serve(config: RouterConfig) -> None:
             [ErrorInterceptor(), *([AuthInterceptor(config.api_keys)] if config.api_keys else [])],
             Limits(max_message_bytes=config.max_message_bytes),
         )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(inference), server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceServicer(inference, keyed=bool(config.api_keys)), server
+        )
         health = await add_health_and_reflection(server, [SERVICE])
         grpc_address = bind(server, config.host, config.grpc_port, tls)
         app = build_app(
@@ -129,9 +130,7 @@ def build_inference(
     config: RouterConfig, tokenizer: Tokenizer, fleet: Fleet, telemetry: Telemetry, executor: ThreadPoolExecutor
 ) -> tuple[Relay, Inference]:
     """Raises ConfigError for a generation_config.json that can't be read."""
-    defaults = GenerationDefaults.from_dir(config.model_dir)
-    if tokenizer.eos_token_id is not None:
-        defaults = replace(defaults, eos_token_ids=defaults.eos_token_ids | {tokenizer.eos_token_id})
+    defaults = GenerationDefaults.from_dir(config.model_dir).ending_also_with(tokenizer.eos_token_id)
     records = Records(
         max_running=config.max_running,
         max_ended=config.max_ended,

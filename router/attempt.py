@@ -1,7 +1,11 @@
-"""One try at one answer on one pair of workers: admit on both, hand over, take the tokens, release both.
+"""One try at one answer on a pair of workers: admit on both, hand over, take the tokens, release both.
 
     prefill   admit ........ token 0, end HANDED_OVER | STOP | LENGTH
     decode    admit . ticket ................ tokens 1.., end STOP | LENGTH
+
+Or on one worker that is both, which has the place of prefill:
+
+    both      admit ........ token 0, tokens 1.., end STOP | LENGTH
 
 Frames come by call, not by queue: between a frame and the client's log there is no task to wake.
 """
@@ -53,7 +57,7 @@ class Attempt:
                 self._seats.prefill.hand_over(news.ticket)
             except BatonError as error:
                 self._fail(error)
-        if news.tokens:
+        if news.tokens or news.plain:
             self._handed_over = True
         self._take(news)
 
@@ -62,7 +66,7 @@ class Attempt:
             return
         ended = news.ended
         try:
-            self._answer.take(news.tokens, _FINISHED.get(ended.reason) if ended else None)
+            self._answer.take(news.tokens, _FINISHED.get(ended.reason) if ended else None, news.plain)
             if self._answer.finished:
                 self._done.set_result(None)
             elif ended and ended.reason is EndReason.FAILED:

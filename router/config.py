@@ -10,9 +10,10 @@ On standard output the router says one line when its ports are open, whether or 
 
     ready grpc=127.0.0.1:50051 http=127.0.0.1:8000 metrics=127.0.0.1:9400
 
-Its gRPC health is SERVING, and GET /health gives 200, only while a prefill and a decode worker are linked. Logs go to
-standard error. SIGTERM or SIGINT: it refuses new requests, gives the running ones `drain_s`, and exits with 0. A wrong
-configuration or a port that is taken: one line on standard error that says what to do, and exit code 2.
+Its gRPC health is SERVING, and GET /health gives 200, only while a prefill and a decode worker are linked, or one
+that is both. Logs go to standard error. SIGTERM or SIGINT: it refuses new requests, gives the running ones `drain_s`,
+and exits with 0. A wrong configuration or a port that is taken: one line on standard error that says what to do, and
+exit code 2.
 """
 
 import json

@@ -9,16 +9,16 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..core.errors import BatonError, Overloaded, Unavailable
 from ..core.frames import WorkerFrame
-from ..core.ids import SequenceId, WorkerId
+from ..core.ids import WorkerId
+from ..text.settling import ModelLimits
 from ..wire.registry import WorkerRecord
 from .placement import Need, Placement, Role, WorkerView, place
 from .seats import Line, Member, TakenSeat
-from .validation import ModelLimits
 from .workers import News, Seats
 
 log = logging.getLogger(__name__)
@@ -79,11 +79,13 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        """A prefill and a decode worker that understand each other are linked and take requests."""
-        fingerprints = [
-            {view.fingerprint for view in self.views() if view.role is role and not view.draining} for role in Role
-        ]
-        return bool(fingerprints[0] & fingerprints[1])
+        """A prefill and a decode worker that understand each other are linked and take requests, or one that is
+        both."""
+        kinds: dict[Role, set[str]] = {role: set() for role in Role}
+        for view in self.views():
+            if not view.draining:
+                kinds[view.role].add(view.fingerprint)
+        return bool(kinds[Role.BOTH] or kinds[Role.PREFILL] & kinds[Role.DECODE])
 
     def linked(self, role: Role) -> int:
         return sum(view.role is role for view in self.views())
@@ -212,11 +214,9 @@ class Fleet:
         self.reconsider()
 
     def _on_frame(self, member: Member, frame: WorkerFrame) -> None:
-        spoken = _by_sequence(frame)
-        for sequence, news in spoken.items():
-            seat = member.by_sequence.get(sequence)
-            if seat is not None and (news.ticket is not None or news.tokens):
-                seat.heard = True
+        spoken = by_seat(member, frame)
+        for seat, news in spoken.items():
+            seat.heard = seat.heard or news.ticket is not None or bool(news.tokens or news.plain)
         if frame.load is not None:
             drains = member.load is not None and member.load.draining != frame.load.draining
             member.load = frame.load
@@ -224,10 +224,8 @@ class Fleet:
                 seat.counted = seat.heard
             if drains or frame.load.draining:
                 self._on_change()
-        for sequence, news in spoken.items():
-            seat = member.by_sequence.get(sequence)
-            if seat is not None:
-                seat.tell(news)
+        for seat, news in spoken.items():
+            seat.tell(news)
         if frame.load is not None:
             self.reconsider()
 
@@ -246,15 +244,28 @@ class Fleet:
         )
 
 
-def _by_sequence(frame: WorkerFrame) -> dict[SequenceId, News]:
-    """A frame, turned: for each sequence all that is said of it."""
-    said: dict[SequenceId, News] = {}
+def by_seat(member: Member, frame: WorkerFrame) -> dict[TakenSeat, News]:
+    """A frame, turned: for each seat all that is said of its sequence. What is said of others is left out."""
+    plain: dict[TakenSeat, list[tuple[int, int]]] = {}
+    step = frame.step
+    if step is not None:  # most of what workers say, so nothing is made here but the pairs
+        seat_of = member.by_number.get
+        for number, position, token in zip(step.numbers, step.positions, step.token_ids, strict=True):
+            taken = seat_of(number)
+            if taken in plain:
+                plain[taken].append((position, token))
+            elif taken is not None:
+                plain[taken] = [(position, token)]
+    said = {seat: News(plain=pairs) for seat, pairs in plain.items()}
     nothing = News()
     for granted in frame.tickets:
-        said[granted.sequence_id] = replace(said.get(granted.sequence_id, nothing), ticket=granted.ticket)
+        if (seat := member.by_sequence.get(granted.sequence_id)) is not None:
+            said[seat] = said.get(seat, nothing)._replace(ticket=granted.ticket)
     for tokens in frame.tokens:
-        before = said.get(tokens.sequence_id, nothing)
-        said[tokens.sequence_id] = replace(before, tokens=(*before.tokens, tokens))
+        if (seat := member.by_sequence.get(tokens.sequence_id)) is not None:
+            before = said.get(seat, nothing)
+            said[seat] = before._replace(tokens=(*before.tokens, tokens))
     for ended in frame.ended:
-        said[ended.sequence_id] = replace(said.get(ended.sequence_id, nothing), ended=ended)
+        if (seat := member.by_sequence.get(ended.sequence_id)) is not None:
+            said[seat] = said.get(seat, nothing)._replace(ended=ended)
     return said

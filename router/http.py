@@ -29,6 +29,7 @@ from .inference import Inference
 from .openai_request import OpenAiRequest, parse
 from .openai_response import Json, Shaper, error_body, model_body
 from .records import Message
+from .tenants import tenant_of
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def build_app(
 ) -> ASGIApp:
     """The ASGI application. Without API keys everybody is let in. `on_refused`: a question for an answer ended at the
     door, by the named error."""
+    keys = tuple(api_keys)
 
     async def models(request: Request) -> Response:
         model = inference.model()
@@ -65,7 +67,8 @@ def build_app(
         except BatonError as error:
             on_refused(error.code)
             raise
-        return _Answer(inference, parsed, valid_traceparent(request.headers.get("traceparent", "")))
+        tenant = tenant_of(request.headers.get("authorization", "")) if keys else ""
+        return _Answer(inference, parsed, valid_traceparent(request.headers.get("traceparent", "")), tenant)
 
     app = Starlette(
         routes=[
@@ -77,7 +80,6 @@ def build_app(
         ],
         exception_handlers={BatonError: _on_error, HTTPException: _on_http_error, Exception: _on_error},
     )
-    keys = tuple(api_keys)
     return _KeyCheck(app, keys, on_refused) if keys else app
 
 
@@ -154,11 +156,12 @@ class _KeyCheck:
 class _Answer(Response):
     """Runs a request while its client listens. A client that leaves cancels it."""
 
-    def __init__(self, inference: Inference, parsed: OpenAiRequest, traceparent: str) -> None:
+    def __init__(self, inference: Inference, parsed: OpenAiRequest, traceparent: str, tenant: str) -> None:
         super().__init__()
         self._inference = inference
         self._parsed = parsed
         self._traceparent = traceparent
+        self._tenant = tenant
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await _while_connected(receive, self._run(scope, receive, send))
@@ -166,13 +169,14 @@ class _Answer(Response):
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         parsed = self._parsed
         try:
-            submitted = self._inference.submit(parsed.request, None, self._traceparent)
+            submitted = self._inference.submit(parsed.request, None, self._traceparent, self._tenant)
             record = submitted.record
             shaper = Shaper(
                 request_id=record.request_id,
                 model=self._inference.model_name,
                 chat=parsed.chat,
                 logprobs=parsed.request.sampling.HasField("logprobs"),
+                prompt_logprobs=parsed.request.sampling.HasField("prompt_logprobs"),
                 include_usage=parsed.include_usage,
                 tokenizer=self._inference.tokenizer,
             )

@@ -58,12 +58,15 @@ class Inference:
         check_model(name, self.model_name)
         return self._served() or unknown_yet
 
-    def submit(self, request: pb.GenerateRequest, timeout_s: float | None, traceparent: str) -> Submitted:
-        """Raises what validation.draft and Relay.open raise, and Unavailable before the first worker came."""
+    def submit(
+        self, request: pb.GenerateRequest, timeout_s: float | None, traceparent: str, tenant: str = ""
+    ) -> Submitted:
+        """`tenant`: see tenants.py. Raises what validation.draft and Relay.open raise, and Unavailable before the first
+        worker came."""
         try:
             check_model(request.model, self.model_name)
             drafted = draft(request, self._relay.limits(), self._relay.defaults)
-            return Submitted(record=self._relay.open(drafted, timeout_s, traceparent), draft=drafted)
+            return Submitted(record=self._relay.open(drafted, timeout_s, traceparent, tenant), draft=drafted)
         except BatonError as error:
             self._metrics.refused(error.code)
             raise

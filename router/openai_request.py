@@ -3,7 +3,7 @@
 Fields that OpenAI knows and that change nothing here (`user`, `metadata`, `store` ...), and all that nobody knows, are
 ignored, as clients send many. Fields that would change the answer and are not supported are refused by name, unless
 they hold the value that asks for nothing. Beyond OpenAI's: `top_k`, `min_p`, `repetition_penalty`, `min_tokens`,
-`ignore_eos`, `stop_token_ids`.
+`ignore_eos`, `stop_token_ids`, `priority` (larger goes first, other than in vLLM); of a completion `prompt_logprobs`.
 """
 
 import re
@@ -38,7 +38,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
-    "prompt_logprobs": (),
     "continue_final_message": (False,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
@@ -76,7 +75,10 @@ def parse(body: object, *, chat: bool, request_id: str) -> OpenAiRequest:
     best_of = _integer(body, "best_of", 0, _U32)
     if best_of is not None and best_of > (_integer(body, "n", 0, _U32) or 1):
         raise InvalidRequest("best_of is not supported here")
+    if chat and body.get("prompt_logprobs") is not None:
+        raise InvalidRequest("prompt_logprobs is not supported for a chat: use /v1/completions")
     request = pb.GenerateRequest(request_id=request_id, model=_take(body, "model", _text) or "")
+    request.priority = _integer(body, "priority", -(2**31), 2**31 - 1) or 0
     if chat:
         request.chat.CopyFrom(_chat(body.get("messages")))
     else:
@@ -121,6 +123,9 @@ def _fill_sampling(sampling: pb.SamplingParams, body: Body, chat: bool) -> None:
     logprobs = _chat_logprobs(body) if chat else _integer(body, "logprobs", 0, _U32)
     if logprobs is not None:
         sampling.logprobs = logprobs
+    prompt_logprobs = _integer(body, "prompt_logprobs", 0, _U32)
+    if prompt_logprobs is not None:
+        sampling.prompt_logprobs = prompt_logprobs
 
 
 def _chat_logprobs(body: Body) -> int | None:

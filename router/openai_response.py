@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from ..core import errors
-from ..core.request import TokenLogprobs
+from ..core.request import PromptLogprob, TokenLogprobs
 from ..text.tokenizer import Tokenizer
 from .records import Delta, Message, Usage
 
@@ -48,6 +48,7 @@ class Shaper:
     model: str
     chat: bool
     logprobs: bool
+    prompt_logprobs: bool
     include_usage: bool
     tokenizer: Tokenizer
     created: int = field(default_factory=lambda: int(time.time()))
@@ -93,7 +94,11 @@ class Shaper:
         finish = delta.finish and str(delta.finish)
         if not self.chat:
             logprobs = self._completion_logprobs(delta) if self.logprobs else None
-            return {"index": delta.index, "text": delta.text, "logprobs": logprobs, "finish_reason": finish}
+            choice = {"index": delta.index, "text": delta.text, "logprobs": logprobs, "finish_reason": finish}
+            if not self.prompt_logprobs:
+                return choice
+            of_prompt = [self._prompt_logprob(entry) for entry in delta.prompt_logprobs]
+            return choice | {"prompt_logprobs": of_prompt or None}
         if whole:
             content: Json = {"message": {"role": "assistant", "content": delta.text, "refusal": None}}
         else:
@@ -122,6 +127,21 @@ class Shaper:
             "token_logprobs": [_finite(entry.logprob) for entry in delta.logprobs],
             "top_logprobs": [self._top(entry) for entry in delta.logprobs],
             "text_offset": offsets,
+        }
+
+    def _prompt_logprob(self, entry: PromptLogprob) -> Json | None:
+        """As vLLM gives it: null for the first token; for each other its own id and those of the best, each with its
+        place among the best. A token of the prompt that is not among them has rank null, as nobody counted."""
+        if entry.logprob is None:
+            return None
+        ranks = {token: rank for rank, (token, _) in enumerate(entry.top, 1)}
+        return {
+            str(token): {
+                "logprob": _finite(logprob),
+                "rank": ranks.get(token),
+                "decoded_token": self._text(token),
+            }
+            for token, logprob in {entry.token_id: entry.logprob, **dict(entry.top)}.items()
         }
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ..core.errors import BatonError, InvalidRequest, Overloaded, RequestConflict, UnknownRequest
 from ..core.ids import RequestId
-from ..core.request import FinishReason, TokenLogprobs
+from ..core.request import FinishReason, PromptLogprob, TokenLogprobs
 
 MAX_MERGED_TOKENS = 4096
 """Most tokens in one message of a stream; a twentieth of it with logprobs, so that a message stays below 4 MiB."""
@@ -29,6 +29,7 @@ class Delta:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish: FinishReason | None = None
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()  # with the answer's first token, when asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +102,9 @@ class Record:
         if delta.token_ids and self.course.first_token is None:
             self.course.first_token = self.clock()
         self.seq += len(delta.token_ids)
-        self.weight += len(delta.token_ids) + sum(1 + len(entry.top) for entry in delta.logprobs)
+        self.weight += len(delta.token_ids)
+        self.weight += sum(1 + len(entry.top) for entry in delta.logprobs)
+        self.weight += sum(1 + len(entry.top) for entry in delta.prompt_logprobs)
         self._log.append((self.seq, delta))
         self._wake()
 
@@ -224,6 +227,7 @@ def merge(deltas: list[Delta]) -> tuple[Delta, ...]:
             token_ids=tuple(token for delta in parts for token in delta.token_ids),
             logprobs=tuple(entry for delta in parts for entry in delta.logprobs),
             finish=next((delta.finish for delta in reversed(parts) if delta.finish), None),
+            prompt_logprobs=next((delta.prompt_logprobs for delta in parts if delta.prompt_logprobs), ()),
         )
         for index, parts in sorted(by_index.items())
     )

@@ -17,6 +17,7 @@ from ..core.ids import RequestId, SequenceId, WorkerId, sequence_id
 from ..core.request import FinishReason, Request, Sampling
 from ..observe import names
 from ..text.generation_config import GenerationDefaults
+from ..text.settling import ModelLimits, settle
 from ..text.streaming import AnswerText
 from ..text.tokenizer import Tokenizer
 from .answer import Answer
@@ -24,7 +25,7 @@ from .attempt import Attempt, nth_try
 from .placement import Need
 from .records import Delta, Record, Records
 from .telemetry import Telemetry, Trace
-from .validation import Draft, ModelLimits, Prompt, settle
+from .validation import Draft, Prompt
 from .workers import Seats, Workers
 
 MAX_TRIES = 3
@@ -40,6 +41,7 @@ class _Job:
     drafted: Draft
     deadline: float  # of the event loop's clock
     trace: Trace
+    tenant: str
     answers: list[Answer] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
     cancelled: bool = False
@@ -71,11 +73,12 @@ class Relay:
         self._jobs: dict[RequestId, _Job] = {}
         self.draining = False
 
-    def open(self, drafted: Draft, timeout_s: float | None, traceparent: str = "") -> Record:
+    def open(self, drafted: Draft, timeout_s: float | None, traceparent: str = "", tenant: str = "") -> Record:
         """Starts the request, or finds it when it was asked for before. Attach a reader before the next await: a
         request whose last reader left is cancelled. One that failed, or that was cancelled so, is tried anew.
 
-        `timeout_s`: what the client gives it; never more than the router's own limit.
+        `timeout_s`: what the client gives it; never more than the router's own limit. `tenant`: whose account it goes
+        to; of a request that is known already it changes nothing.
         Raises RequestConflict, UnknownRequest (nothing to resume), Overloaded, Unavailable (draining).
         """
         if drafted.request_id:
@@ -96,7 +99,7 @@ class Relay:
         allowed = self._max_timeout_s if timeout_s is None else min(timeout_s, self._max_timeout_s)
         deadline = asyncio.get_running_loop().time() + allowed
         trace = self._telemetry.begin(record, drafted, traceparent)
-        job = _Job(record=record, drafted=drafted, deadline=deadline, trace=trace)
+        job = _Job(record=record, drafted=drafted, deadline=deadline, trace=trace, tenant=tenant)
         record.on_abandoned = lambda: self._abandon(job)
         self._jobs[request_id] = job
         with trace.current():  # the task's log lines carry the request's and the trace's ids
@@ -160,7 +163,7 @@ class Relay:
             course.seed = secrets.randbits(64) if job.drafted.seed is None else job.drafted.seed
             samplings = settle(job.drafted, len(prompt), course.seed, limits, self.defaults)
             course.state = "placing"
-            job.answers = [self._new_answer(job, sampling) for sampling in samplings]
+            job.answers = [self._new_answer(job, sampling, prompt) for sampling in samplings]
             requests = [self._request(job, prompt, sampling) for sampling in samplings]
             if len(requests) == 1:
                 await self._answer(job, job.answers[0], requests[0])
@@ -193,7 +196,7 @@ class Relay:
                 job.trace.retried(error)
             await asyncio.sleep(BACKOFF_S * 4**number * random.uniform(0.5, 1.0))  # noqa: S311
 
-    def _new_answer(self, job: _Job, sampling: Sampling) -> Answer:
+    def _new_answer(self, job: _Job, sampling: Sampling, prompt: tuple[int, ...]) -> Answer:
         text = AnswerText(self.tokenizer, job.drafted.stops, sampling.stop_token_ids)
 
         def emit(delta: Delta) -> None:
@@ -202,7 +205,7 @@ class Relay:
                 job.record.course.state = "decoding"
             job.record.append(delta)
 
-        return Answer(sampling, text, emit, each_token=job.drafted.resume_after_seq > 0)
+        return Answer(sampling, text, emit, prompt=prompt, each_token=job.drafted.resume_after_seq > 0)
 
     def _request(self, job: _Job, prompt: tuple[int, ...], sampling: Sampling) -> Request:
         name = sequence_id(job.record.request_id, sampling.branch)
@@ -213,6 +216,8 @@ class Relay:
             prompt=prompt,
             sampling=sampling,
             traceparent=job.trace.traceparent,
+            priority=job.drafted.priority,
+            tenant=job.tenant,
         )
 
     def _placed(self, job: _Job, seats: Seats) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ..core.errors import BatonError, Overloaded, Unavailable
@@ -15,6 +15,7 @@ from ..wire.registry import WorkerRecord
 from .placement import Need, Role, WorkerView
 from .workers import Listener, News
 
+MAX_NUMBER = 2**32 - 1  # of a sequence on its link
 RESEND_S = 0.02  # after which a command is sent again that a busy line did not take
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class Member:
     load: Load | None = None  # None: no frame has told yet
     seats: "set[TakenSeat]" = field(default_factory=set)
     by_sequence: "dict[SequenceId, TakenSeat]" = field(default_factory=dict)
+    by_number: "dict[int, TakenSeat]" = field(default_factory=dict)
+    last_number: int = 0
 
     @property
     def role(self) -> Role:
@@ -65,6 +68,14 @@ class Member:
             draining=load.draining,
         )
 
+    def next_number(self) -> int:
+        """For a new sequence. None is used again before all others were: what the worker still says of one that was
+        released must not be taken for another's."""
+        while True:
+            self.last_number = self.last_number % MAX_NUMBER + 1
+            if self.last_number not in self.by_number:
+                return self.last_number
+
     def send_release(self, release: Release) -> None:
         """Sends it now or as soon as the line takes it. A line that is lost has released everything."""
         if not self.linked or self.line is None:
@@ -81,14 +92,15 @@ class TakenSeat:
     """See workers.Seat."""
 
     def __init__(self, member: Member, need: Need) -> None:
+        block_tokens = member.record.block_tokens
         prefill = member.role is Role.PREFILL
-        tokens = need.prompt_tokens if prefill else need.prompt_tokens + need.max_tokens
-        self.blocks = -(-tokens // member.record.block_tokens)
+        self.blocks = need.prompt_blocks(block_tokens) if prefill else need.blocks_soon(block_tokens)
         self.prompt_tokens = need.prompt_tokens
         self.counted = False  # the worker's load has it
         self.heard = False  # the worker has shown that it knows of it
         self._member = member
         self._sequence: SequenceId | None = None  # while the worker has it
+        self._number = 0  # the same
         self._listener: Listener | None = None
         member.seats.add(self)
 
@@ -97,10 +109,12 @@ class TakenSeat:
         return self._member.record.worker_id
 
     def admit(self, request: Request, listener: Listener) -> None:
-        self._send(request)
-        self._sequence = request.sequence_id
+        number = self._member.next_number()
+        self._send(replace(request, number=number))
+        self._sequence, self._number = request.sequence_id, number
         self._listener = listener
         self._member.by_sequence[request.sequence_id] = self
+        self._member.by_number[number] = self
 
     def hand_over(self, ticket: Ticket) -> None:
         if self._sequence is not None:
@@ -127,7 +141,9 @@ class TakenSeat:
     def _forget(self) -> SequenceId | None:
         sequence, self._sequence = self._sequence, None
         if sequence is not None:
-            self._member.by_sequence.pop(sequence, None)
+            if self._member.by_sequence.get(sequence) is self:
+                del self._member.by_sequence[sequence]
+            del self._member.by_number[self._number]
         return sequence
 
     def _send(self, command: Command) -> None:

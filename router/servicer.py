@@ -7,15 +7,17 @@ import grpc
 
 from ..core.errors import InvalidRequest
 from ..core.request import FinishReason
+from ..text.settling import check_chat, check_token_ids
 from ..v1 import inference_pb2 as pb
 from ..v1 import inference_pb2_grpc
-from ..wire.codec import encode_logprobs
-from ..wire.interceptors import timeout_of, traceparent_of
+from ..wire.codec import encode_logprobs, encode_prompt_logprobs
+from ..wire.interceptors import authorization_of, timeout_of, traceparent_of
 from .fleet import ServedModel
 from .inference import Inference
 from .placement import Role, WorkerView
 from .records import Message, Record, Usage
-from .validation import Prompt, check_chat, check_token_ids
+from .tenants import tenant_of
+from .validation import Prompt
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -28,11 +30,14 @@ _FINISH = {
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
-    def __init__(self, inference: Inference) -> None:
+    def __init__(self, inference: Inference, *, keyed: bool = False) -> None:
+        """`keyed`: an interceptor lets in only who brings an API key."""
         self._inference = inference
+        self._keyed = keyed
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:  # noqa: N802
-        submitted = self._inference.submit(request, timeout_of(context), traceparent_of(context))
+        tenant = tenant_of(authorization_of(context)) if self._keyed else ""
+        submitted = self._inference.submit(request, timeout_of(context), traceparent_of(context), tenant)
         record, drafted = submitted.record, submitted.draft
         with record.attached() as reader:
             async for message in reader.messages(drafted.resume_after_seq, drafted.final_only):
@@ -44,7 +49,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             case "text":
                 prompt = Prompt(text=request.text)
             case "chat":
-                prompt = Prompt(messages=check_chat(request.chat))
+                prompt = Prompt(messages=check_chat(request.chat.messages))
             case _:
                 raise InvalidRequest("an input is missing: give text or chat")
         return pb.TokenizeResponse(token_ids=await self._inference.tokenise(prompt))
@@ -59,7 +64,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:  # noqa: N802
         model = self._inference.model(request.model)
-        views = sorted(self._inference.workers(), key=lambda view: (view.role is not Role.PREFILL, view.worker_id))
+        roles = list(Role)
+        views = sorted(self._inference.workers(), key=lambda view: (roles.index(view.role), view.worker_id))
         workers = [encode_worker(view) for view in views]
         return pb.GetModelResponse(model=encode_model(model, self._inference.ready), workers=workers)
 
@@ -81,6 +87,7 @@ def encode_message(record: Record, message: Message) -> pb.GenerateResponse:
                 token_ids=delta.token_ids,
                 finish_reason=_FINISH[delta.finish],
                 logprobs=encode_logprobs(delta.logprobs) if delta.logprobs else None,
+                prompt_logprobs=encode_prompt_logprobs(delta.prompt_logprobs) if delta.prompt_logprobs else None,
             )
             for delta in message.outputs
         ],

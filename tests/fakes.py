@@ -53,7 +53,9 @@ class FakeModel:
         if batch.prefill is not None:
             part = batch.prefill
             for i, end in enumerate(part.query_starts[1:]):
-                rows[batch.num_decode + end - 1] = (part.block_tables[i].long(), int(part.context_lens[i]))
+                table, length = part.block_tables[i].long(), int(part.context_lens[i])
+                for back in range(end - part.query_starts[i]):
+                    rows[batch.num_decode + end - 1 - back] = (table, length - back)
         return rows
 
 

@@ -22,7 +22,8 @@ MAY = {
     "worker": WORKER,
     "prefill_worker": WORKER | {"prefill_worker"},
     "decode_worker": WORKER | {"decode_worker"},
-    "client": {"client", "core", "v1"},
+    "colocated_worker": WORKER | {"colocated_worker"},
+    "client": {"client", "core", "text", "engine", "v1"},
 }
 """Our folders that each folder may import. cluster/ may import all; nobody may import it."""
 
@@ -38,6 +39,7 @@ NEVER = {
     "worker": {"transformers"},
     "prefill_worker": {"transformers"},
     "decode_worker": {"transformers"},
+    "colocated_worker": {"transformers"},
     "client": {"torch", "ray", "transformers", "redis", "opentelemetry", "prometheus_client"},
 }
 """Packages of others that must not appear in a folder."""
@@ -104,7 +106,7 @@ def test_imports_between_our_folders_are_relative() -> None:
 def loaded_by(statement: str, *, path: list[str] | None = None) -> set[str]:
     """Top-level packages in a fresh interpreter after `statement`."""
     code = f"import sys\n{statement}\nprint('\\n'.join(sorted({{name.split('.')[0] for name in sys.modules}})))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or [])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*(path or []), str(ROOT / "src")])}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
     return set(run.stdout.split())
@@ -135,6 +137,26 @@ def test_the_package_itself_loads_nothing_until_a_name_is_asked_for() -> None:
     assert "grpc" in loaded_by("import baton; baton.InferenceClient")
 
 
-def test_the_client_loads_only_grpc_and_core() -> None:
-    loaded = loaded_by("import baton.client")
-    assert not loaded & {"torch", "ray", "transformers", "redis", "opentelemetry", "tokenizers", "numpy"}
+@pytest.mark.parametrize("statement", ["import baton.client", "from baton import SamplingParams"])
+def test_the_client_loads_only_grpc_and_core(statement: str) -> None:
+    loaded = loaded_by(statement)
+    assert not loaded & {"torch", "ray", "transformers", "redis", "opentelemetry", "tokenizers", "jinja2", "numpy"}
+
+
+def test_only_the_in_process_part_of_the_client_knows_engines() -> None:
+    """And only `LLM` knows text: the two clients stay as light as they are."""
+    engine, text = {"in_process.py"}, {"by_address.py", "in_process.py", "jobs.py", "llm.py"}
+    for path in files("client"):
+        ours = {name for kind, name in imported(path) if kind == "ours"}
+        assert "engine" not in ours or path.name in engine, path.name
+        assert "text" not in ours or path.name in text, path.name
+
+
+def test_running_an_engine_in_this_process_loads_nothing_of_a_cluster() -> None:
+    loaded = loaded_by("import baton.client.in_process")
+    assert "torch" in loaded
+    assert not loaded & {"ray", "redis", "opentelemetry", "starlette", "transformers"}
+
+
+def test_asking_a_cluster_for_a_list_of_prompts_loads_no_engine() -> None:
+    assert not loaded_by("from baton import LLM") & {"torch", "ray", "transformers", "numpy", "tokenizers", "redis"}

@@ -5,7 +5,7 @@ not looked at. A file that says `"do_sample": false` beside no temperature there
 answers asks for temperature 0.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..core.errors import ConfigError
@@ -28,7 +28,7 @@ class GenerationDefaults:
     def from_dir(cls, path: Path) -> "GenerationDefaults":
         """Read generation_config.json, and config.json for ends of sequence where the first names none.
 
-        Add the tokenizer's own end of sequence with `Tokenizer.eos_token_id`: it ends an answer too.
+        Add the tokenizer's own end of sequence with `ending_also_with`: it ends an answer too.
         Raises ConfigError when a value is not of its kind or out of its range.
         """
         file = path / "generation_config.json"
@@ -48,6 +48,9 @@ class GenerationDefaults:
             repetition_penalty=_number(values, "repetition_penalty", 1.0, low=1e-9, high=2.0, file=file),
             max_new_tokens=int(max_new_tokens) or None,
         )
+
+    def ending_also_with(self, token_id: int | None) -> "GenerationDefaults":
+        return self if token_id is None else replace(self, eos_token_ids=self.eos_token_ids | {token_id})
 
 
 def _number(values: dict[str, object], key: str, default: float, *, low: float, high: float, file: Path) -> float:

@@ -9,6 +9,7 @@ from ..core.errors import InvalidRequest
 MAX_ID_BYTES = 200
 MAX_TEXT_BYTES = 4096
 MAX_TOKEN_ID = 2**31 - 1
+MAX_NUMBER = 2**32 - 1  # of a sequence on its link
 MAX_EPOCH = 2**63 - 1
 MAX_PROMPT_TOKENS = 2**20
 MAX_BLOCKS = 2**24  # of one pool

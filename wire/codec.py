@@ -1,31 +1,34 @@
-"""Protobuf <-> core, both ways, for links and the baton. `worker_codec.py` goes on with what a worker tells of itself.
+"""Protobuf <-> core, both ways, for links and the baton. `request_codec.py` has what stands in `Admit`,
+`worker_codec.py` what a worker tells of itself.
 
 `encode_x` gives a message, `decode_x` takes one and raises InvalidRequest for anything outside its bounds. `x_to_bytes`
 and `x_from_bytes` do the same for the shared-memory ring between a worker's service and its step loop.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from ..core import frames as f
 from ..core.errors import InvalidRequest
-from ..core.ids import Epoch, SequenceId, TicketId, WorkerId
+from ..core.ids import Epoch, TicketId, WorkerId
 from ..core.request import (
     MAX_LOGPROBS,
+    MAX_PROMPT_LOGPROBS,
     Ended,
     EndReason,
     Load,
+    PromptLogprob,
     Request,
-    Sampling,
     SequenceTokens,
     TokenLogprobs,
 )
 from ..core.tickets import Geometry, Ticket
 from ..v1 import inference_pb2, kv_pb2, link_pb2
 from . import bounds
+from .request_codec import decode_admit, decode_sequence_id, encode_request, milliseconds
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_COMMANDS = 8192  # in one frame
@@ -50,103 +53,8 @@ def parse(kind: type[M], data: bytes) -> M:
         raise InvalidRequest(f"the bytes are no {kind.DESCRIPTOR.name}") from None
 
 
-def decode_sequence_id(value: str) -> SequenceId:
-    return SequenceId(bounds.identifier(value, "sequence_id"))
-
-
 def decode_epoch(value: int) -> Epoch:
     return Epoch(bounds.at_most(value, bounds.MAX_EPOCH, "epoch"))
-
-
-def _milliseconds(seconds: float) -> int:
-    """Rounded up, but for what the multiplication itself adds: 524.287 s are 524287 ms."""
-    return math.ceil(round(seconds * 1000, 3))
-
-
-# Requests
-
-
-def encode_sampling(sampling: Sampling) -> link_pb2.Sampling:
-    return link_pb2.Sampling(
-        max_tokens=sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        seed=sampling.seed,
-        branch=sampling.branch,
-        stop_token_ids=sorted(sampling.stop_token_ids),
-        logprobs=sampling.logprobs,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        logit_bias=dict(sampling.logit_bias),
-        min_tokens=sampling.min_tokens,
-    )
-
-
-def decode_sampling(message: link_pb2.Sampling) -> Sampling:
-    top_p = bounds.number(message.top_p, "top_p", high=1.0)
-    if top_p == 0.0:
-        raise InvalidRequest("top_p must be above 0")
-    logprobs = bounds.at_most(message.logprobs, MAX_LOGPROBS, "logprobs") if message.HasField("logprobs") else None
-    max_tokens = bounds.at_most(message.max_tokens, bounds.MAX_TOKEN_ID, "max_tokens", least=1)
-    repetition = message.repetition_penalty if message.HasField("repetition_penalty") else 1.0
-    if repetition == 0.0:
-        raise InvalidRequest("repetition_penalty must be above 0")
-    return Sampling(
-        max_tokens=max_tokens,
-        temperature=bounds.number(message.temperature, "temperature"),
-        top_p=top_p,
-        top_k=bounds.at_most(message.top_k, bounds.MAX_TOKEN_ID, "top_k"),
-        min_p=bounds.number(message.min_p, "min_p", high=1.0),
-        seed=message.seed,
-        branch=bounds.at_most(message.branch, bounds.MAX_ITEMS, "branch"),
-        stop_token_ids=frozenset(bounds.integers(message.stop_token_ids, "stop_token_ids", bounds.MAX_STOP_TOKENS)),
-        logprobs=logprobs,
-        repetition_penalty=bounds.number(repetition, "repetition_penalty", high=bounds.MAX_LOGIT_EDIT),
-        presence_penalty=_logit_edit(message.presence_penalty, "presence_penalty"),
-        frequency_penalty=_logit_edit(message.frequency_penalty, "frequency_penalty"),
-        logit_bias=_decode_logit_bias(message.logit_bias),
-        min_tokens=bounds.at_most(message.min_tokens, max_tokens, "min_tokens"),
-    )
-
-
-def _decode_logit_bias(biases: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
-    bounds.integers(tuple(biases), "logit_bias", bounds.MAX_LOGIT_BIASES)
-    return tuple((token, _logit_edit(bias, "logit_bias")) for token, bias in sorted(biases.items()))
-
-
-def _logit_edit(value: float, field: str) -> float:
-    return bounds.number(value, field, low=-bounds.MAX_LOGIT_EDIT, high=bounds.MAX_LOGIT_EDIT)
-
-
-def encode_request(request: Request) -> link_pb2.Admit:
-    timeout_ms = 0  # none; a deadline is rounded up, so that it never becomes none
-    if request.timeout_s is not None:
-        timeout_ms = min(max(1, _milliseconds(request.timeout_s)), bounds.MAX_TIMEOUT_MS)
-    return link_pb2.Admit(
-        sequence_id=request.sequence_id,
-        prompt=request.prompt,
-        sampling=encode_sampling(request.sampling),
-        timeout_ms=timeout_ms,
-        traceparent=request.traceparent,
-        salt=request.salt,
-    )
-
-
-def decode_admit(message: link_pb2.Admit) -> Request:
-    if not message.prompt:
-        raise InvalidRequest("prompt must hold a token")
-    timeout_ms = bounds.at_most(message.timeout_ms, bounds.MAX_TIMEOUT_MS, "timeout_ms")
-    return Request(
-        sequence_id=decode_sequence_id(message.sequence_id),
-        prompt=bounds.integers(message.prompt, "prompt", bounds.MAX_PROMPT_TOKENS),
-        sampling=decode_sampling(message.sampling),
-        timeout_s=timeout_ms / 1000 if timeout_ms else None,
-        traceparent=bounds.text(message.traceparent, "traceparent", bounds.MAX_ID_BYTES),
-        salt=bounds.text(message.salt, "salt", bounds.MAX_ID_BYTES),
-    )
 
 
 # The baton
@@ -160,6 +68,7 @@ def encode_geometry(geometry: Geometry) -> kv_pb2.Geometry:
         block_tokens=geometry.block_tokens,
         dtype=geometry.dtype,
         fingerprint=geometry.fingerprint,
+        first_layer=geometry.first_layer,
     )
 
 
@@ -173,6 +82,7 @@ def decode_geometry(message: kv_pb2.Geometry) -> Geometry:
         block_tokens=bounds.at_most(message.block_tokens, bounds.MAX_ITEMS, "block_tokens", least=1),
         dtype=message.dtype,
         fingerprint=bounds.text(message.fingerprint, "fingerprint", bounds.MAX_ID_BYTES),
+        first_layer=bounds.at_most(message.first_layer, bounds.MAX_ITEMS, "first_layer"),
     )
 
 
@@ -183,7 +93,7 @@ def encode_ticket(ticket: Ticket) -> kv_pb2.Ticket:
         epoch=ticket.epoch,
         wanted=ticket.wanted,
         geometry=encode_geometry(ticket.geometry),
-        lease_ms=min(_milliseconds(ticket.lease_s), _MAX_LEASE_MS),
+        lease_ms=min(milliseconds(ticket.lease_s), _MAX_LEASE_MS),
         inbox=ticket.inbox,
     )
 
@@ -264,36 +174,72 @@ def encode_logprobs(logprobs: Sequence[TokenLogprobs]) -> list[inference_pb2.Tok
 
 def decode_logprobs(messages: Sequence[inference_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
     bounds.count(messages, "logprobs")
-    for message in messages:
-        bounds.count(message.top, "top logprobs", MAX_LOGPROBS)
-        if math.isnan(message.logprob) or any(math.isnan(top.logprob) for top in message.top):
-            raise InvalidRequest("a logprob is not a number")
-    return tuple(
-        TokenLogprobs(message.logprob, tuple((top.token_id, top.logprob) for top in message.top))
-        for message in messages
-    )
+    return tuple(_decode_logprob(message) for message in messages)
+
+
+def _decode_logprob(message: inference_pb2.TokenLogprobs | inference_pb2.PromptLogprob) -> TokenLogprobs:
+    bounds.count(message.top, "top logprobs", MAX_LOGPROBS)
+    if math.isnan(message.logprob) or any(math.isnan(top.logprob) for top in message.top):
+        raise InvalidRequest("a logprob is not a number")
+    return TokenLogprobs(message.logprob, tuple((top.token_id, top.logprob) for top in message.top))
+
+
+def encode_prompt_logprobs(prompt: Iterable[PromptLogprob]) -> list[inference_pb2.PromptLogprob]:
+    return [
+        inference_pb2.PromptLogprob(
+            token_id=entry.token_id,
+            logprob=entry.logprob,
+            top=[inference_pb2.TopLogprob(token_id=token, logprob=logprob) for token, logprob in entry.top],
+        )
+        for entry in prompt
+    ]
 
 
 def _add_tokens(frame: link_pb2.ConnectResponse, tokens: SequenceTokens) -> None:
-    frame.tokens.add(
+    added = frame.tokens.add(
         sequence_id=tokens.sequence_id,
         first_position=tokens.first_position,
         token_ids=tokens.token_ids,
         logprobs=encode_logprobs(tokens.logprobs) if tokens.logprobs else None,
         cached_tokens=tokens.cached_tokens,
     )
+    for entry in tokens.prompt_logprobs:
+        at = added.prompt_logprobs.add(logprob=None if entry is None else entry.logprob)
+        for token, logprob in () if entry is None else entry.top:
+            at.top.add(token_id=token, logprob=logprob)
 
 
 def decode_tokens(message: link_pb2.SequenceTokens) -> SequenceTokens:
     token_ids = bounds.integers(message.token_ids, "token_ids")
     if message.logprobs and len(message.logprobs) != len(token_ids):
         raise InvalidRequest("logprobs must be one per token, or none")
+    bounds.count(message.prompt_logprobs, "prompt_logprobs", MAX_PROMPT_LOGPROBS)
     return SequenceTokens(
         sequence_id=decode_sequence_id(message.sequence_id),
         first_position=message.first_position,
         token_ids=token_ids,
         logprobs=decode_logprobs(message.logprobs) if message.logprobs else (),
         cached_tokens=message.cached_tokens,
+        prompt_logprobs=tuple(
+            _decode_logprob(entry) if entry.HasField("logprob") else None for entry in message.prompt_logprobs
+        ),
+    )
+
+
+def encode_step(step: f.StepTokens) -> link_pb2.StepTokens:
+    return link_pb2.StepTokens(numbers=step.numbers, positions=step.positions, token_ids=step.token_ids)
+
+
+def decode_step(message: link_pb2.StepTokens) -> f.StepTokens:
+    numbers = bounds.integers(message.numbers, "numbers", high=bounds.MAX_NUMBER)
+    if len(message.positions) != len(numbers) or len(message.token_ids) != len(numbers):
+        raise InvalidRequest("numbers, positions and token_ids must be as many")
+    if 0 in numbers:
+        raise InvalidRequest("numbers must hold no 0")
+    return f.StepTokens(
+        numbers=numbers,
+        positions=bounds.integers(message.positions, "positions"),
+        token_ids=bounds.integers(message.token_ids, "token_ids"),
     )
 
 
@@ -341,7 +287,7 @@ def decode_load(message: link_pb2.Load) -> Load:
 
 
 def encode_frame(frame: f.WorkerFrame) -> link_pb2.ConnectResponse:
-    welcome = frame.welcome
+    welcome, step = frame.welcome, frame.step
     message = link_pb2.ConnectResponse(
         welcome=None if welcome is None else link_pb2.Welcome(worker_id=welcome.worker_id, epoch=welcome.epoch),
         tickets=[
@@ -350,6 +296,7 @@ def encode_frame(frame: f.WorkerFrame) -> link_pb2.ConnectResponse:
         ],
         ended=[encode_ended(ended) for ended in frame.ended],
         load=None if frame.load is None else encode_load(frame.load),
+        step=None if step is None else encode_step(step),
     )
     for tokens in frame.tokens:  # in place: a list of messages would be copied, and this runs every step
         _add_tokens(message, tokens)
@@ -372,6 +319,7 @@ def decode_frame(message: link_pb2.ConnectResponse) -> f.WorkerFrame:
         tokens=tuple(decode_tokens(tokens) for tokens in message.tokens),
         ended=tuple(decode_ended(ended) for ended in message.ended),
         load=decode_load(message.load) if message.HasField("load") else None,
+        step=decode_step(message.step) if message.HasField("step") else None,
     )
 
 

@@ -37,6 +37,7 @@ STATUS: dict[type[errors.BatonError], grpc.StatusCode] = {
     errors.StaleEpoch: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.Cancelled: grpc.StatusCode.CANCELLED,
+    errors.ModelFault: grpc.StatusCode.DATA_LOSS,
     errors.CorruptPiece: grpc.StatusCode.DATA_LOSS,
     errors.GeometryMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ConfigError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -101,6 +102,11 @@ class AuthInterceptor(ServerInterceptor):
 def traceparent_of(context: Context) -> str:
     """The W3C trace context that came with a call; "" when there is none or it is malformed."""
     return valid_traceparent(_metadata(context.invocation_metadata(), "traceparent"))
+
+
+def authorization_of(context: Context) -> str:
+    """What came with a call as "authorization"; AuthInterceptor, where there is one, has looked at it."""
+    return _metadata(context.invocation_metadata(), "authorization")
 
 
 def timeout_of(context: Context) -> float | None:

@@ -28,7 +28,7 @@ from . import bounds
 
 log = logging.getLogger(__name__)
 
-ROLES = ("prefill", "decode")
+ROLES = ("prefill", "decode", "both")
 TTL_S = 10.0
 RELIST_S = 2.0
 RETRY_S = 0.5
@@ -54,7 +54,7 @@ class WorkerRecord:
 
     worker_id: WorkerId
     epoch: Epoch
-    role: str  # "prefill" or "decode"
+    role: str  # one of ROLES
     address: str  # gRPC, "host:port"
     model: str
     fingerprint: str

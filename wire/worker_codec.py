@@ -9,7 +9,8 @@ from ..core.ids import BlockId, WorkerId
 from ..core.request import TimedPart
 from ..v1 import report_pb2, worker_pb2
 from . import bounds
-from .codec import decode_epoch, decode_geometry, decode_load, decode_sequence_id, encode_geometry, encode_load, parse
+from .codec import decode_epoch, decode_geometry, decode_load, encode_geometry, encode_load, parse
+from .request_codec import decode_sequence_id
 
 # What operators ask
 
@@ -22,11 +23,15 @@ def encode_ledger(dump: f.LedgerDump) -> worker_pb2.GetLedgerResponse:
         held_blocks=dump.held_blocks,
         lent_blocks=dump.lent_blocks,
         holders=[
-            worker_pb2.Holder(sequence_id=holder.sequence_id, state=holder.state, block_ids=holder.block_ids)
+            worker_pb2.Holder(
+                sequence_id=holder.sequence_id, state=holder.state, block_ids=holder.block_ids, tokens=holder.tokens
+            )
             for holder in dump.holders
         ],
         violations=dump.violations,
         transport_objects=dump.transport_objects,
+        pinned_blocks=dump.pinned_blocks,
+        unused_slots=dump.unused_slots,
     )
 
 
@@ -42,6 +47,8 @@ def decode_ledger(message: worker_pb2.GetLedgerResponse) -> f.LedgerDump:
         holders=tuple(_holder(holder) for holder in message.holders),
         violations=tuple(bounds.text(violation, "violations") for violation in message.violations),
         transport_objects=message.transport_objects,
+        pinned_blocks=message.pinned_blocks,
+        unused_slots=message.unused_slots,
     )
 
 
@@ -51,6 +58,7 @@ def _holder(message: worker_pb2.Holder) -> f.Holder:
         sequence_id=decode_sequence_id(message.sequence_id),
         state=bounds.text(message.state, "state", bounds.MAX_ID_BYTES),
         block_ids=tuple(BlockId(block) for block in blocks),
+        tokens=message.tokens,
     )
 
 
@@ -120,6 +128,10 @@ def report_to_bytes(report: f.Report) -> bytes:
         cached_blocks=report.cached_blocks,
         held_blocks=report.held_blocks,
         lent_blocks=report.lent_blocks,
+        preempted_swap=report.preempted_swap,
+        preempted_recompute=report.preempted_recompute,
+        swap_bytes=report.swap_bytes,
+        unused_slots=report.unused_slots,
     ).SerializeToString()
 
 
@@ -143,6 +155,10 @@ def report_from_bytes(data: bytes) -> f.Report:
         cached_blocks=message.cached_blocks,
         held_blocks=message.held_blocks,
         lent_blocks=message.lent_blocks,
+        preempted_swap=message.preempted_swap,
+        preempted_recompute=message.preempted_recompute,
+        swap_bytes=message.swap_bytes,
+        unused_slots=message.unused_slots,
     )
 
 

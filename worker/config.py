@@ -2,11 +2,11 @@
 
 A worker is a service process and a rank process of one host. cluster/ starts both with the same WorkerConfig:
 
-- the rank: `prefill_worker.rank.run(config, inbox)` or `decode_worker.rank.run(config, inbox)`, in a thread of a
-  process that serves no gRPC. It makes the ring's files in `ring_dir`, loads the model (progress goes over the ring),
-  and steps until the service says stop. An error that it raises ends this life of the worker. Beside it, each call of a
-  peer rank does `kv_transfer.inbox.deliver(inbox, message, handles)` with the same `Inbox()`: the rank is a Ray actor
-  named `config.inbox` in the namespace "baton" whose method `deliver(message, handles)` does just that.
+- the rank: `run(config, inbox)` of prefill_worker/rank.py, decode_worker/rank.py or colocated_worker/rank.py, in a
+  thread of a process that serves no gRPC. It makes the ring's files in `ring_dir`, loads the model (progress goes over
+  the ring), and steps until the service says stop. An error that it raises ends this life of the worker. Beside it,
+  each call of a peer rank does `kv_transfer.inbox.deliver(inbox, message, handles)` with the same `Inbox()`: the rank
+  is a Ray actor named `config.inbox` in the namespace "baton" whose method `deliver(message, handles)` does just that.
 - the service: `await worker.service.serve(config, stop, ready, progress)`, in an asyncio process. It waits for the
   ring's files, then for the rank, then registers and serves until `stop` is set; WorkerLost when the rank dies.
 
@@ -18,14 +18,14 @@ from pathlib import Path
 
 from ..core.ids import Epoch, WorkerId
 
-ROLES = ("prefill", "decode")
+ROLES = ("prefill", "decode", "both")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
     worker_id: WorkerId
     epoch: Epoch
-    role: str  # "prefill" or "decode"
+    role: str  # one of ROLES
     model_dir: Path
     model_name: str  # as clients call it
     dtype: str = "bfloat16"  # or "float32"
@@ -34,7 +34,9 @@ class WorkerConfig:
     block_tokens: int = 16
     max_model_len: int | None = None  # None: what the model's configuration says
     max_batch: int = 64  # sequences in a step
-    step_tokens: int = 512  # prompt tokens in a prefill step
+    step_tokens: int = 512  # of one step, prompts' chunks among them
+    policy: str = "hybrid"  # who goes first, and who gives blocks back: see engine/policies.py
+    swap_bytes: int = 0  # host memory for KV of preempted sequences
     max_waiting: int = 1024  # admitted sequences that hold nothing yet
     threads: int | None = 1  # of torch on the CPU
     lease_s: float = 20.0  # lent blocks, after the last piece

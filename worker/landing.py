@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from ..core.errors import BatonError, CorruptPiece, LeaseExpired, StaleEpoch
+from ..core.frames import Holder
 from ..core.ids import BlockId, Epoch, SequenceId, TicketId
 from ..core.tickets import Geometry, Piece, Ticket
 from ..engine.ledger import Ledger
@@ -177,12 +178,12 @@ class Landing:
     def next_deadline(self) -> float | None:
         return min((reservation.deadline for reservation in self._open.values()), default=None)
 
-    def holders(self) -> Iterable[tuple[SequenceId, str, list[BlockId]]]:
-        """Sequence, state and blocks of each reservation that holds some."""
+    def holders(self) -> Iterable[Holder]:
+        """Each reservation that holds blocks."""
         for reservation in self._open.values():
-            yield reservation.sequence_id, "reserved", reservation.table
+            yield Holder(sequence_id=reservation.sequence_id, state="reserved", block_ids=reservation.table)
         for ending in self._ending:
-            yield ending.sequence_id, "reserved, ending", ending.blocks
+            yield Holder(sequence_id=ending.sequence_id, state="reserved, ending", block_ids=ending.blocks)
 
     def open_reservations(self) -> int:
         """Reservations that are not over, those among them that pulls still write."""

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from ..core.errors import BatonError, LeaseExpired, RequestConflict, TransferFailed
+from ..core.frames import Holder
 from ..core.ids import BlockId, Epoch, SequenceId, WorkerId
 from ..core.tickets import Geometry, Piece, Ticket
 from ..engine.ledger import Ledger
@@ -157,12 +158,16 @@ class Lending:
     def next_deadline(self) -> float | None:
         return min((loan.deadline for loan in self._loans.values() if loan.deadline is not None), default=None)
 
-    def holders(self) -> Iterable[tuple[SequenceId, str, list[BlockId]]]:
-        """Sequence, state and blocks of each loan that holds some."""
+    def holders(self) -> Iterable[Holder]:
+        """Each loan that holds blocks."""
         for state, loans in (("lent", list(self._loans.values())), ("lent, ending", self._closing)):
             for loan in loans:
                 if loan.blocks:
-                    yield loan.sequence_id, state, loan.blocks
+                    yield Holder(sequence_id=loan.sequence_id, state=state, block_ids=loan.blocks)
+
+    def lent_blocks(self) -> int:
+        """Blocks that loans hold, each counted once."""
+        return len({block for loan in (*self._loans.values(), *self._closing) for block in loan.blocks})
 
     def open_loans(self) -> int:
         """Loans that are not over, those among them whose bytes are still read."""

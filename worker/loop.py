@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Protocol
 
-from ..core.frames import Command, Holder, LedgerDump, WorkerStatus
-from ..core.ids import BlockId, SequenceId
+from ..core.frames import PINNED, Command, Holder, LedgerDump, WorkerStatus
+from ..core.ids import BlockId
 from ..core.request import Load
 from ..engine.ledger import Ledger
 from ..kv_transfer.inbox import Inbox
@@ -42,17 +42,20 @@ class RoleState:
 
     load: Load
     remaining: int  # sequences, loans and reservations that are not over
+    lent_blocks: int = 0  # held, and announced to a peer
+    unused_slots: int = 0  # places for tokens in held blocks that hold none
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
     """What a role says of itself when asked; costs a look at every sequence."""
 
-    holders: tuple[tuple[SequenceId, str, list[BlockId]], ...]
+    holders: tuple[Holder, ...]
     next_deadline: float | None
 
-    def lent(self) -> set[BlockId]:
-        return {block for _, state, blocks in self.holders if state.startswith("lent") for block in blocks}
+    def blocks_in(self, state: str) -> set[BlockId]:
+        """Of a state and of its endings."""
+        return {block for holder in self.holders if holder.state.startswith(state) for block in holder.block_ids}
 
 
 class Role(Protocol):
@@ -165,7 +168,7 @@ class StepLoop:
             return False
         self._reporter.gauges(state.load, self._ledger.cached_count, self._ledger.held_count)
         if self._reporter.due(now):
-            self._reporter.flush(now, len(self._role.survey().lent()))
+            self._reporter.flush(now, state.lent_blocks, state.unused_slots)
         return True
 
     def _sleep(self, sent: bool) -> None:
@@ -186,13 +189,12 @@ class StepLoop:
             free_blocks=ledger.free_count,
             cached_blocks=ledger.cached_count,
             held_blocks=ledger.held_count,
-            lent_blocks=len(survey.lent()),
-            holders=tuple(
-                Holder(sequence_id=sequence_id, state=name, block_ids=tuple(blocks))
-                for sequence_id, name, blocks in survey.holders
-            ),
+            lent_blocks=len(survey.blocks_in("lent")),
+            holders=survey.holders,
             violations=(*ledger.violations(), *unaccounted(ledger, survey.holders)),
             transport_objects=self._transport.living(),
+            pinned_blocks=len(survey.blocks_in(PINNED)),
+            unused_slots=self._role.state().unused_slots,
         )
 
     def _status_now(self) -> WorkerStatus:
@@ -205,9 +207,9 @@ class StepLoop:
         )
 
 
-def unaccounted(ledger: Ledger, holders: Iterable[tuple[SequenceId, str, list[BlockId]]]) -> list[str]:
+def unaccounted(ledger: Ledger, holders: Iterable[Holder]) -> list[str]:
     """Blocks that more, or fewer, hold in the ledger than sequences, loans and reservations say. Empty: all is well."""
-    claimed = Counter(block for _, _, blocks in holders for block in blocks)
+    claimed = Counter(block for holder in holders for block in holder.block_ids)
     return [
         f"block {block}: {ledger.holders(block)} holders, {claimed[block]} known"
         for block in map(BlockId, range(ledger.num_blocks))

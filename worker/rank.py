@@ -11,9 +11,12 @@ import torch
 from ..core.errors import ConfigError
 from ..core.frames import WorkerStatus
 from ..core.request import Load
+from ..engine.continuous_batch import ContinuousBatch
 from ..engine.engine import Engine
+from ..engine.policies import policy
 from ..kv_transfer.inbox import Inbox
-from ..kv_transfer.pool import BlockPool
+from ..kv_transfer.pool import Blocks
+from ..kv_transfer.rank_pools import whole_blocks
 from ..kv_transfer.transport import Transport
 from .config import WorkerConfig
 from .lending import Identity
@@ -24,7 +27,7 @@ from .reporting import Reporter
 from .ring import RingFull, RingPair
 from .roster import Limits
 
-MakeTransport: TypeAlias = Callable[[BlockPool], AbstractContextManager[Transport]]
+MakeTransport: TypeAlias = Callable[[Blocks], AbstractContextManager[Transport]]
 
 _PROGRESS_S = 0.1
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -38,6 +41,7 @@ class Rank:
     rings: RingPair
     inbox: Inbox
     engine: Engine
+    batch: ContinuousBatch
     transport: Transport
     outbox: Outbox
     reporter: Reporter
@@ -84,12 +88,13 @@ def start(config: WorkerConfig, inbox: Inbox, make_transport: MakeTransport) -> 
     rings = RingPair.for_rank(config.ring_dir, config.ring_name)
     try:
         engine = _engine(config, rings)
-        with make_transport(BlockPool(engine.kv_cache.block_bytes_view)) as transport:
+        with make_transport(whole_blocks(engine.rank_pools, engine.rank_heads)) as transport:
             yield Rank(
                 config=config,
                 rings=rings,
                 inbox=inbox,
                 engine=engine,
+                batch=_batch(config, engine),
                 transport=transport,
                 outbox=Outbox(rings.outgoing),
                 reporter=Reporter(rings.outgoing),
@@ -98,6 +103,14 @@ def start(config: WorkerConfig, inbox: Inbox, make_transport: MakeTransport) -> 
         inbox.wakeup.close()
         rings.unlink()
         rings.close()
+
+
+def _batch(config: WorkerConfig, engine: Engine) -> ContinuousBatch:
+    try:
+        chosen = policy(config.policy)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return ContinuousBatch(engine, chosen, step_tokens=config.step_tokens, swap_bytes=config.swap_bytes)
 
 
 def _engine(config: WorkerConfig, rings: RingPair) -> Engine:

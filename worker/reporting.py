@@ -4,6 +4,8 @@ from collections import deque
 
 from ..core.frames import Report
 from ..core.request import Load, TimedPart
+from ..engine.continuous_batch import StepResult
+from ..engine.preemption import PreemptionCounts
 from ..kv_transfer.transport import Moved
 from ..observe import names
 from ..wire.worker_codec import report_to_bytes
@@ -27,6 +29,7 @@ class Reporter:
         self._parts: deque[TimedPart] = deque(maxlen=_MAX_PARTS)
         self._steps: deque[tuple[int, float]] = deque(maxlen=_MAX_STEPS)
         self._tokens = self._prefill_tokens = self._cached_tokens = 0
+        self._preempted = self._told_preempted = PreemptionCounts(0, 0, 0)
         self._moved: list[Moved] = []
         self._recent: deque[Moved] = deque(maxlen=_RATE_PIECES)
         self._gauges = self._told = (Load(), 0, 0)
@@ -47,11 +50,16 @@ class Reporter:
                 )
             )
 
-    def step(self, sequences: int, seconds: float, sampled: int, prefill_tokens: int = 0) -> None:
-        self._steps.append((sequences, seconds))
-        self._tokens += sampled
-        self._prefill_tokens += prefill_tokens
-        self.steps += 1
+    def step(self, result: StepResult, seconds: float) -> None:
+        self._tokens += len(result.tokens)
+        self._prefill_tokens += result.stats.prefill_tokens
+        if result.stats.sequences:
+            self._steps.append((result.stats.sequences, seconds))
+            self.steps += 1
+
+    def preempted(self, counts: PreemptionCounts) -> None:
+        """Since the start."""
+        self._preempted = counts
 
     def cached(self, tokens: int) -> None:
         """Prompt tokens found in the prefix cache."""
@@ -74,9 +82,10 @@ class Reporter:
         """Parts go at once, counts alone now and then."""
         return bool(self._parts) or (self.pending() and now >= self._due)
 
-    def flush(self, now: float, lent_blocks: int) -> None:
+    def flush(self, now: float, lent_blocks: int, unused_slots: int) -> None:
         """Send a report. While the ring is full it waits for a later step."""
         load, cached_blocks, held_blocks = self._gauges
+        counts, told = self._preempted, self._told_preempted
         report = Report(
             parts=tuple(self._parts),
             batch_sizes=tuple(size for size, _ in self._steps),
@@ -91,6 +100,10 @@ class Reporter:
             cached_blocks=cached_blocks,
             held_blocks=held_blocks,
             lent_blocks=lent_blocks,
+            preempted_swap=counts.swapped - told.swapped,
+            preempted_recompute=counts.recomputed - told.recomputed,
+            swap_bytes=counts.swap_bytes - told.swap_bytes,
+            unused_slots=unused_slots,
         )
         try:
             self._ring.put(*Record(Kind.REPORT, 0, report_to_bytes(report)).parts())
@@ -98,13 +111,15 @@ class Reporter:
             return
         self._due = now + _QUIET_S
         self._told = self._gauges
+        self._told_preempted = counts
         self._parts.clear()
         self._steps.clear()
         self._moved.clear()
         self._tokens = self._prefill_tokens = self._cached_tokens = 0
 
     def pending(self) -> bool:
-        return bool(self._parts or self._steps or self._moved) or self._gauges != self._told
+        told = self._gauges == self._told and self._preempted == self._told_preempted
+        return bool(self._parts or self._steps or self._moved) or not told
 
 
 def transfer_attributes(moved: list[Moved], transport: str, ticket_id: str) -> Attributes:

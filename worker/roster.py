@@ -1,7 +1,9 @@
 """The sequences of one rank: who is here, over which link, until when; and who may still come in."""
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Generic, TypeVar
 
 from ..core.errors import BatonError, ContextExceeded, InvalidRequest, Overloaded, Unavailable
@@ -42,6 +44,8 @@ class Roster(Generic[M]):
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._members: dict[SequenceId, M] = {}
+        self._deadlines: list[tuple[float, int, M]] = []  # a heap; of some that have left too
+        self._numbers = count()
         self.waiting: dict[SequenceId, M] = {}
         self.draining = False
 
@@ -50,6 +54,9 @@ class Roster(Generic[M]):
 
     def __iter__(self) -> Iterator[M]:
         return iter(self._members.values())
+
+    def __contains__(self, sequence_id: SequenceId) -> bool:
+        return sequence_id in self._members
 
     def get(self, sequence_id: SequenceId) -> M | None:
         return self._members.get(sequence_id)
@@ -64,6 +71,8 @@ class Roster(Generic[M]):
         error = self._objection(member.request, blocks_needed)
         if error is None:
             self._members[member.sequence_id] = self.waiting[member.sequence_id] = member
+            if member.deadline is not None:
+                heapq.heappush(self._deadlines, (member.deadline, next(self._numbers), member))
         return error
 
     def start(self, member: M) -> None:
@@ -78,10 +87,21 @@ class Roster(Generic[M]):
         return [member for member in self if member.link == link]
 
     def expired(self, now: float) -> list[M]:
-        return [member for member in self if member.deadline is not None and now >= member.deadline]
+        """Those whose deadline has passed; each is named once, and the caller ends it."""
+        found: list[M] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, member = heapq.heappop(self._deadlines)
+            if self._members.get(member.sequence_id) is member:
+                found.append(member)
+        return found
 
     def next_deadline(self) -> float | None:
-        return min((member.deadline for member in self if member.deadline is not None), default=None)
+        while self._deadlines:
+            deadline, _, member = self._deadlines[0]
+            if self._members.get(member.sequence_id) is member:
+                return deadline
+            heapq.heappop(self._deadlines)
+        return None
 
     def _objection(self, request: Request, blocks_needed: int) -> BatonError | None:
         limits, length = self._limits, len(request.prompt) + request.sampling.max_tokens

@@ -8,7 +8,19 @@ from torch import Tensor
 
 from ..batch import Batch
 from .config import ModelConfig
-from .layers import Attention, DecoderLayer, Experts, Linear, Mlp, Norm, Step
+from .layers import (
+    Attention,
+    DecoderLayer,
+    Embedding,
+    Experts,
+    Head,
+    Linear,
+    Mlp,
+    Norm,
+    SplitEmbedding,
+    Step,
+    SummedLinear,
+)
 from .rope import rope_tables
 from .weights import Weights
 
@@ -18,29 +30,33 @@ ReadFeedForward = Callable[[Weights, ModelConfig, int], Mlp | Experts]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A decoder-only language model. Changes nothing but the pool that it is given."""
+    """A decoder-only language model, or this rank's part of one. Changes nothing but the pool that it is given."""
 
-    config: ModelConfig
-    embedding: Tensor  # [vocab, hidden]
+    config: ModelConfig  # of the whole
+    embedding: Embedding | SplitEmbedding
     layers: tuple[DecoderLayer, ...]
     norm: Norm
-    head: Linear
+    head: Head
     cos: Tensor  # [positions, D]
     sin: Tensor  # [positions, D], signed
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.dtype
+        return self.embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.device
+        return self.embedding.weight.device
 
     def forward(self, batch: Batch, pool: Tensor) -> Tensor:
-        """Logits of the rows that the batch wants.    -> [S', vocab] in the model's dtype."""
+        """Logits of the rows that the batch wants.    -> [S', vocab] in the model's dtype.
+
+        pool [N, L, 2, G, P, D]: G KV heads of this rank. Ranks that share a model call this with equal batches; others
+        than rank 0 get an empty tensor.
+        """
         cos, sin = (table.index_select(0, batch.positions)[:, None] for table in (self.cos, self.sin))
         step = Step(batch, pool, cos, sin)
-        stream = self.embedding.index_select(0, batch.token_ids)
+        stream = self.embedding(batch.token_ids)
         for layer in self.layers:
             stream = layer(stream, step)
         if batch.wanted is not None:
@@ -57,42 +73,43 @@ def read_model(
 ) -> Model:
     """Everything but attention and feed-forward has the same names in all families."""
     cos, sin = rope_tables(config.rope, config.head_size, num_positions, weights.dtype)
-    embedding = weights.read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+    vocabulary = (weights.shard.split_padded(config.vocab_size), config.hidden_size)
+    embedding = weights.read("model.embed_tokens.weight", vocabulary)
     layers = tuple(
         _read_layer(weights, config, layer, read_attention(weights, config, layer), read_feed_forward)
         for layer in range(config.num_layers)
     )
     norm = Norm(weights.read("model.norm.weight", (config.hidden_size,)), config.rms_norm_eps)
-    tied = config.tie_word_embeddings
-    head = embedding if tied else weights.read("lm_head.weight", (config.vocab_size, config.hidden_size))
-    return Model(config, embedding, layers, norm, Linear.of(head), cos.to(embedding.device), sin.to(embedding.device))
+    rows = embedding if config.tie_word_embeddings else weights.read("lm_head.weight", vocabulary)
+    head = Head(Linear.of(rows), config.vocab_size, weights.communicator)
+    device = embedding.device
+    return Model(config, _embedding(weights, embedding), layers, norm, head, cos.to(device), sin.to(device))
 
 
 def read_qkv(weights: Weights, config: ModelConfig, layer: int) -> Linear:
     """q, k and v as one product, with biases where the configuration has them."""
     names = [f"model.layers.{layer}.self_attn.{name}_proj" for name in "qkv"]
-    rows = [heads * config.head_size for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+    kv_rows = weights.shard.split_kv(config.num_kv_heads, config.head_size)
+    rows = [weights.shard.split(config.num_heads * config.head_size), kv_rows, kv_rows]
     weight = weights.stack([f"{name}.weight" for name in names], rows, config.hidden_size)
     bias = weights.stack([f"{name}.bias" for name in names], rows) if config.attention_bias else None
     return Linear.of(weight, bias)
 
 
-def read_output(weights: Weights, config: ModelConfig, layer: int) -> Linear:
+def read_output(weights: Weights, config: ModelConfig, layer: int) -> SummedLinear:
     """The attention's output projection."""
     name = f"model.layers.{layer}.self_attn.o_proj"
-    weight = weights.read(f"{name}.weight", (config.hidden_size, config.num_heads * config.head_size))
-    return Linear.of(weight, weights.read(f"{name}.bias", (config.hidden_size,)) if config.output_bias else None)
+    return _summed(weights, name, config.hidden_size, config.num_heads * config.head_size, config.output_bias)
 
 
 def read_mlp(weights: Weights, config: ModelConfig, layer: int) -> Mlp:
     """One dense feed-forward layer."""
     hidden, inner, prefix = config.hidden_size, config.intermediate_size, f"model.layers.{layer}.mlp"
-    names, rows = [f"{prefix}.gate_proj", f"{prefix}.up_proj"], [inner, inner]
+    names, rows = [f"{prefix}.gate_proj", f"{prefix}.up_proj"], [weights.shard.split(inner)] * 2
     gate_up_bias = weights.stack([f"{name}.bias" for name in names], rows) if config.mlp_bias else None
-    down_bias = weights.read(f"{prefix}.down_proj.bias", (hidden,)) if config.mlp_bias else None
     return Mlp(
         Linear.of(weights.stack([f"{name}.weight" for name in names], rows, hidden), gate_up_bias),
-        Linear.of(weights.read(f"{prefix}.down_proj.weight", (hidden, inner)), down_bias),
+        _summed(weights, f"{prefix}.down_proj", hidden, inner, config.mlp_bias),
     )
 
 
@@ -101,13 +118,28 @@ def read_experts(weights: Weights, config: ModelConfig, prefix: str, *, gate: st
     assert config.experts is not None, "the configuration has no experts"
     count, inner, hidden = config.experts.count, config.experts.intermediate_size, config.hidden_size
     names = [f"{prefix}.experts.{expert}" for expert in range(count)]
+    part = weights.shard.split(inner)
     return Experts(
         router=Linear.of(weights.read(f"{prefix}.gate.weight", (count, hidden))),
-        gate_up=weights.pile([[f"{x}.{gate}.weight", f"{x}.{up}.weight"] for x in names], [inner, inner], hidden),
-        down=weights.pile([[f"{x}.{down}.weight"] for x in names], [hidden], inner),
+        gate_up=weights.pile([[f"{x}.{gate}.weight", f"{x}.{up}.weight"] for x in names], [part, part], hidden),
+        down=weights.pile([[f"{x}.{down}.weight"] for x in names], [hidden], part),
         top_k=config.experts.per_token,
         normalise=config.experts.normalise,
+        communicator=weights.communicator,
     )
+
+
+def _summed(weights: Weights, name: str, rows: int, columns: int, has_bias: bool) -> SummedLinear:
+    """Some columns of a matrix. The bias is added before the ranks' products are, so the first rank alone has it."""
+    weight = weights.read(f"{name}.weight", (rows, weights.shard.split(columns)))
+    bias = weights.read(f"{name}.bias", (rows,)) if has_bias else None
+    return SummedLinear(Linear.of(weight, bias if weights.shard.rank == 0 else None), weights.communicator)
+
+
+def _embedding(weights: Weights, rows: Tensor) -> Embedding | SplitEmbedding:
+    """The whole one where it is here: a lookup needs no mask then."""
+    shard = weights.shard
+    return Embedding(rows) if shard.size == 1 else SplitEmbedding(rows, shard.rank * len(rows), weights.communicator)
 
 
 def _read_layer(

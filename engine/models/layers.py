@@ -13,6 +13,7 @@ from ...kernels.rotary import rotary
 from ...kernels.write_kv import write_kv
 from ..attention import attend
 from ..batch import Batch
+from ..parallel.communicator import Communicator
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,56 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class SummedLinear:
+    """x W^T + b, where each rank has some columns of W and as many of x. One rank has b."""
+
+    part: Linear
+    communicator: Communicator
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.communicator.all_reduce(self.part(x))
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The vectors of tokens."""
+
+    weight: Tensor  # [vocab, hidden]
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """[T] i64 -> [T, hidden]."""
+        return self.weight.index_select(0, token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitEmbedding:
+    """The same, where each rank has the vectors of some tokens."""
+
+    weight: Tensor  # [rows, hidden] of tokens [first, first + rows)
+    first: int
+    communicator: Communicator
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        rows = token_ids - self.first
+        here = rows.clamp(0, self.weight.shape[0] - 1)
+        vectors = self.weight.index_select(0, here).masked_fill_((rows != here)[:, None], 0)
+        return self.communicator.all_reduce(vectors)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Logits of all tokens, of which each rank computes some. Rank 0 alone gets them."""
+
+    part: Linear
+    vocab_size: int  # the parts together may be longer: they are equal
+    communicator: Communicator
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[S, hidden] -> [S, vocab]; on other ranks than 0 an empty tensor."""
+        return self.communicator.gather_last(self.part(x))[:, : self.vocab_size]
+
+
+@dataclass(frozen=True, slots=True)
 class Norm:
     """RMS norm over the last axis."""
 
@@ -47,14 +98,14 @@ class Step:
     """What every layer of one forward pass needs beside its input."""
 
     batch: Batch
-    pool: Tensor  # [N, L, 2, G, P, D]
+    pool: Tensor  # [N, L, 2, G, P, D], G: this rank's KV heads
     cos: Tensor  # [T, 1, D]
     sin: Tensor  # [T, 1, D], signed
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Grouped-query attention with rotary positions over paged KV."""
+    """Grouped-query attention with rotary positions over paged KV. The heads are those of this rank."""
 
     layer: int
     num_heads: int
@@ -62,7 +113,7 @@ class Attention:
     head_size: int
     window: int | None
     qkv: Linear  # q's heads, then k's, then v's
-    output: Linear
+    output: SummedLinear
     q_norm: Norm | None = None  # on each head, before the rotation
     k_norm: Norm | None = None
 
@@ -86,7 +137,7 @@ class Mlp:
     """down(silu(gate(x)) * up(x))."""
 
     gate_up: Linear  # gate's rows, then up's
-    down: Linear
+    down: SummedLinear
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.down(silu_gate(self.gate_up(x)))
@@ -94,17 +145,18 @@ class Mlp:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Many small feed-forward layers, of which a router picks a few for each token."""
+    """Many small feed-forward layers, of which a router picks a few for each token. A rank has some columns of each."""
 
     router: Linear  # a logit for each expert
     gate_up: Tensor  # [E, 2F, hidden], gate's rows, then up's
     down: Tensor  # [E, hidden, F]
     top_k: int
     normalise: bool  # the shares of those picked sum to one
+    communicator: Communicator
 
     def __call__(self, x: Tensor) -> Tensor:
         shares, chosen = route(self.router(x), self.top_k, self.normalise)
-        return mix_experts(x, self.gate_up, self.down, shares, chosen)
+        return self.communicator.all_reduce(mix_experts(x, self.gate_up, self.down, shares, chosen))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ def read_attention(weights: Weights, config: ModelConfig, layer: int) -> Attenti
     prefix, head = f"model.layers.{layer}.self_attn", (config.head_size,)
     return Attention(
         layer=layer,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
+        num_heads=len(weights.shard.heads(config.num_heads)),
+        num_kv_heads=len(weights.shard.kv_heads(config.num_kv_heads)),
         head_size=config.head_size,
         window=config.windows[layer],
         qkv=read_qkv(weights, config, layer),

@@ -39,8 +39,11 @@ class SafetensorsDir:
                 self._shapes[name] = tuple(entry["shape"])
                 self.total_bytes += entry["data_offsets"][1] - entry["data_offsets"][0]
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor, in the file's dtype, on the CPU. Raises ValueError when it is missing or of another shape."""
+    def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
+        """Part of a tensor [shape], in the file's dtype, on the CPU: a view of the mapped file that takes no memory.
+
+        Raises ValueError when the tensor is missing or of another shape.
+        """
         if name not in self._files:
             raise ValueError(f"the checkpoint has no tensor {name}")
         if self._shapes[name] != shape:
@@ -48,7 +51,7 @@ class SafetensorsDir:
         file = self._files[name]
         if self._open is None or self._open[0] != file:
             self._open = (file, safe_open(file, framework="pt", device="cpu"))
-        tensor: Tensor = self._open[1].get_tensor(name)
+        tensor: Tensor = self._open[1].get_slice(name)[part]
         return tensor
 
     def identity(self) -> Iterator[bytes]:

@@ -1,9 +1,27 @@
 """Everything here runs on an NVIDIA GPU, with torch and nvcc alone: `tests/gpu/run.sh`."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+VOCABULARY = 211
+TINY: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,3 +49,19 @@ def random(gpu: torch.device) -> torch.Generator:
     generator = torch.Generator(gpu)
     print(f"seed {generator.seed()}")
     return generator
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A random model of a family, as transformers saves it."""
+
+    def make(family: str, **changes: Any) -> Path:
+        import transformers
+
+        torch.manual_seed(0)
+        path = tmp_path_factory.mktemp(family)
+        config = getattr(transformers, f"{family}Config")(**{**TINY, **changes})
+        getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(path)
+        return path
+
+    return make

@@ -11,44 +11,17 @@ from torch import Tensor
 
 from baton.core.ids import SequenceId
 from baton.core.request import Sampling
+from baton.engine.continuous_batch import ContinuousBatch
 from baton.engine.engine import Engine
-from baton.engine.logit_edits import LogitEdits, edited
+from baton.engine.policies import policy
 from baton.engine.sequence import Sequence
 
-VOCABULARY = 211
-TINY: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 1024,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-    "initializer_range": 0.2,
-}
+from ..batch_runs import Way, run
+from .conftest import VOCABULARY
+
 NEW_TOKENS = 24
 # Two logits of transformers that lie closer than this are a tie, which either may win. Logits are of the order of 10.
 TIE = 1e-4
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A random model of a family, as transformers saves it."""
-
-    def make(family: str, **changes: Any) -> Path:
-        import transformers
-
-        torch.manual_seed(0)
-        path = tmp_path_factory.mktemp(family)
-        config = getattr(transformers, f"{family}Config")(**{**TINY, **changes})
-        getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(path)
-        return path
-
-    return make
 
 
 def some_sequences() -> list[Sequence]:
@@ -62,24 +35,6 @@ def some_sequences() -> list[Sequence]:
         )
         for index, length in enumerate(lengths)
     ]
-
-
-def run(engine: Engine, sequences: list[Sequence], chunk: int = 128) -> None:
-    """A new sequence joins in every step; prompts go in chunks beside those that decode. All blocks come back."""
-    waiting, running = list(sequences), []
-    while waiting or running:
-        if waiting:
-            joined = waiting.pop(0)
-            engine.start(joined, joined.max_length)
-            running.append(joined)
-        decode = [seq for seq in running if seq.remaining == 1 and seq.tokens]
-        prefill = [(seq, min(chunk, seq.remaining)) for seq in running if seq not in decode]
-        engine.step(prefill, decode)
-        for seq in [seq for seq in running if seq.end_reason()]:
-            engine.finish(seq)
-            running.remove(seq)
-    engine.ledger.check()
-    assert engine.ledger.held_count == 0
 
 
 def reference_logits(path: Path, sequences: list[Sequence]) -> list[Tensor]:
@@ -113,7 +68,7 @@ def test_greedy_answers_in_float32_are_those_of_transformers(
     path = checkpoint(family, **changes)
     engine = Engine.build(path, torch.float32, gpu, kv_bytes=64 << 20)
     sequences = some_sequences()
-    run(engine, sequences)
+    run(engine, sequences, Way(step_tokens=128))
     ties = 0
     for seq, logits in zip(sequences, reference_logits(path, sequences), strict=True):
         assert len(seq.tokens) == NEW_TOKENS
@@ -128,30 +83,53 @@ def test_answers_in_bfloat16_stay_near_the_best(checkpoint: Callable[..., Path],
     path = checkpoint("Llama")
     engine = Engine.build(path, torch.bfloat16, gpu, kv_bytes=64 << 20)
     sequences = some_sequences()
-    run(engine, sequences)
+    run(engine, sequences, Way(step_tokens=128))
     for seq, logits in zip(sequences, reference_logits(path, sequences), strict=True):
         best, mean = logits.max(-1).values, logits.mean(-1)
         chosen = logits[torch.arange(NEW_TOKENS), seq.tokens]
         assert ((best - chosen) < 0.25 * (best - mean)).all(), seq.sequence_id
 
 
-def test_edited_logits_are_those_of_the_cpu(gpu: torch.device) -> None:
-    params = Sampling(
-        max_tokens=99,
-        repetition_penalty=1.3,
-        presence_penalty=0.5,
-        frequency_penalty=-0.25,
-        logit_bias=((3, 9.0),),
-        min_tokens=99,
-        stop_token_ids=frozenset({7}),
-    )
-    dice = random_numbers.Random(1)
-    edits: list[LogitEdits | None] = []
-    for index in range(64):
-        seq = Sequence(SequenceId(f"r/{index}"), tuple(dice.choices(range(VOCABULARY), k=50)), params)
-        for token in dice.choices(range(VOCABULARY), k=index):
-            seq.append(token)
-        edits.append(seq.edits if index % 3 else None)
-    for dtype in (torch.float32, torch.bfloat16):
-        logits = (torch.randn(64, VOCABULARY, generator=torch.Generator().manual_seed(2)) * 5).to(dtype)
-        torch.testing.assert_close(edited(logits.to(gpu), edits).cpu(), edited(logits, edits))
+@pytest.mark.parametrize(
+    "way",
+    [
+        Way(step_tokens=512, join_every=0, lookahead=True),
+        Way(step_tokens=64, join_every=2, lookahead=False),
+        Way(step_tokens=100, lookahead=True, ballast=2),
+        Way(step_tokens=64, join_every=0, lookahead=True, ballast=3, swap_blocks=400),
+    ],
+    ids=str,
+)
+def test_look_ahead_chunks_and_preemption_give_answers_that_the_reference_calls_best(
+    way: Way, checkpoint: Callable[..., Path], gpu: torch.device
+) -> None:
+    path = checkpoint("Llama")
+    engine = Engine.build(path, torch.float32, gpu, kv_bytes=16 << 20)
+    sequences = some_sequences()
+    counts = run(engine, sequences, way)
+    if way.ballast:
+        assert (counts.swapped if way.swap_blocks else counts.recomputed) > 0, "nothing was preempted"
+    for seq, logits in zip(sequences, reference_logits(path, sequences), strict=True):
+        chosen = logits[torch.arange(NEW_TOKENS), seq.tokens]
+        assert (logits.max(-1).values - chosen < TIE).all(), seq.sequence_id
+
+
+def test_a_step_with_look_ahead_never_waits_for_its_own_tokens(
+    checkpoint: Callable[..., Path], gpu: torch.device
+) -> None:
+    """Launching a decode step makes no call that waits for the GPU: torch would say so."""
+    engine = Engine.build(checkpoint("Llama"), torch.bfloat16, gpu, kv_bytes=64 << 20)
+    batch = ContinuousBatch(engine, policy("fcfs"), lookahead=True)
+    for seq in some_sequences():
+        batch.add(seq)
+    while batch.waiting or batch.tokens_ahead():
+        batch.step(0.0)
+    batch.step(0.0)
+    plan = batch._plan(0.0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        flight = batch._launch(plan)
+        batch._sampling.launch(flight)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(flight.decode_rows) > 0

@@ -26,7 +26,7 @@ from baton.v1 import inference_pb2 as baton_dot_v1_dot_inference__pb2
 from baton.v1 import kv_pb2 as baton_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x62\x61ton/v1/link.proto\x12\x08\x62\x61ton.v1\x1a\x18\x62\x61ton/v1/inference.proto\x1a\x11\x62\x61ton/v1/kv.proto\"5\n\x0e\x43onnectRequest\x12#\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x11.baton.v1.Command\"\xa7\x01\n\x07\x43ommand\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12 \n\x05\x61\x64mit\x18\x02 \x01(\x0b\x32\x0f.baton.v1.AdmitH\x00\x12\'\n\thand_over\x18\x03 \x01(\x0b\x32\x12.baton.v1.HandOverH\x00\x12$\n\x07release\x18\x04 \x01(\x0b\x32\x11.baton.v1.ReleaseH\x00\x42\t\n\x07\x63ommand\"\x1a\n\x05Hello\x12\x11\n\trouter_id\x18\x01 \x01(\t\"\x89\x01\n\x05\x41\x64mit\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12$\n\x08sampling\x18\x03 \x01(\x0b\x32\x12.baton.v1.Sampling\x12\x12\n\ntimeout_ms\x18\x04 \x01(\x04\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x0c\n\x04salt\x18\x06 \x01(\t\"\xa4\x03\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x0e\n\x06\x62ranch\x18\x07 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x15\n\x08logprobs\x18\t \x01(\rH\x00\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x01\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x02\x12\x35\n\nlogit_bias\x18\r \x03(\x0b\x32!.baton.v1.Sampling.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\x0e \x01(\r\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0b\n\t_logprobsB\x15\n\x13_repetition_penalty\"A\n\x08HandOver\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12 \n\x06ticket\x18\x02 \x01(\x0b\x32\x10.baton.v1.Ticket\"\x1e\n\x07Release\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\"\xc7\x01\n\x0f\x43onnectResponse\x12\"\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.baton.v1.Welcome\x12(\n\x07tickets\x18\x02 \x03(\x0b\x32\x17.baton.v1.TicketGranted\x12(\n\x06tokens\x18\x03 \x03(\x0b\x32\x18.baton.v1.SequenceTokens\x12\x1e\n\x05\x65nded\x18\x04 \x03(\x0b\x32\x0f.baton.v1.Ended\x12\x1c\n\x04load\x18\x05 \x01(\x0b\x32\x0e.baton.v1.Load\"+\n\x07Welcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"F\n\rTicketGranted\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12 \n\x06ticket\x18\x02 \x01(\x0b\x32\x10.baton.v1.Ticket\"\x92\x01\n\x0eSequenceTokens\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\"e\n\x05\x45nded\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12#\n\x06reason\x18\x02 \x01(\x0e\x32\x13.baton.v1.EndReason\x12\"\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x11.baton.v1.Failure\"(\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"}\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\r\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08*\x9f\x01\n\tEndReason\x12\x1a\n\x16\x45ND_REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45ND_REASON_STOP\x10\x01\x12\x15\n\x11\x45ND_REASON_LENGTH\x10\x02\x12\x17\n\x13\x45ND_REASON_RELEASED\x10\x03\x12\x1a\n\x16\x45ND_REASON_HANDED_OVER\x10\x04\x12\x15\n\x11\x45ND_REASON_FAILED\x10\x05\x32Q\n\x0bLinkService\x12\x42\n\x07\x43onnect\x12\x18.baton.v1.ConnectRequest\x1a\x19.baton.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x62\x61ton/v1/link.proto\x12\x08\x62\x61ton.v1\x1a\x18\x62\x61ton/v1/inference.proto\x1a\x11\x62\x61ton/v1/kv.proto\"5\n\x0e\x43onnectRequest\x12#\n\x08\x63ommands\x18\x01 \x03(\x0b\x32\x11.baton.v1.Command\"\xa7\x01\n\x07\x43ommand\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x0f.baton.v1.HelloH\x00\x12 \n\x05\x61\x64mit\x18\x02 \x01(\x0b\x32\x0f.baton.v1.AdmitH\x00\x12\'\n\thand_over\x18\x03 \x01(\x0b\x32\x12.baton.v1.HandOverH\x00\x12$\n\x07release\x18\x04 \x01(\x0b\x32\x11.baton.v1.ReleaseH\x00\x42\t\n\x07\x63ommand\"\x1a\n\x05Hello\x12\x11\n\trouter_id\x18\x01 \x01(\t\"\xbb\x01\n\x05\x41\x64mit\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12$\n\x08sampling\x18\x03 \x01(\x0b\x32\x12.baton.v1.Sampling\x12\x12\n\ntimeout_ms\x18\x04 \x01(\x04\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x0c\n\x04salt\x18\x06 \x01(\t\x12\x0e\n\x06number\x18\x07 \x01(\r\x12\x10\n\x08priority\x18\x08 \x01(\x11\x12\x0e\n\x06tenant\x18\t \x01(\t\"\xd6\x03\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\x0e\n\x06\x62ranch\x18\x07 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x15\n\x08logprobs\x18\t \x01(\rH\x00\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x01\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x02\x12\x35\n\nlogit_bias\x18\r \x03(\x0b\x32!.baton.v1.Sampling.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\x0e \x01(\r\x12\x1c\n\x0fprompt_logprobs\x18\x0f \x01(\rH\x02\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0b\n\t_logprobsB\x15\n\x13_repetition_penaltyB\x12\n\x10_prompt_logprobs\"A\n\x08HandOver\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12 \n\x06ticket\x18\x02 \x01(\x0b\x32\x10.baton.v1.Ticket\"\x1e\n\x07Release\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\"\xeb\x01\n\x0f\x43onnectResponse\x12\"\n\x07welcome\x18\x01 \x01(\x0b\x32\x11.baton.v1.Welcome\x12(\n\x07tickets\x18\x02 \x03(\x0b\x32\x17.baton.v1.TicketGranted\x12(\n\x06tokens\x18\x03 \x03(\x0b\x32\x18.baton.v1.SequenceTokens\x12\x1e\n\x05\x65nded\x18\x04 \x03(\x0b\x32\x0f.baton.v1.Ended\x12\x1c\n\x04load\x18\x05 \x01(\x0b\x32\x0e.baton.v1.Load\x12\"\n\x04step\x18\x06 \x01(\x0b\x32\x14.baton.v1.StepTokens\"+\n\x07Welcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"F\n\rTicketGranted\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12 \n\x06ticket\x18\x02 \x01(\x0b\x32\x10.baton.v1.Ticket\"C\n\nStepTokens\x12\x0f\n\x07numbers\x18\x01 \x03(\r\x12\x11\n\tpositions\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"\xc4\x01\n\x0eSequenceTokens\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12)\n\x08logprobs\x18\x04 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\x12\x30\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x17.baton.v1.PromptLogprob\"e\n\x05\x45nded\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12#\n\x06reason\x18\x02 \x01(\x0e\x32\x13.baton.v1.EndReason\x12\"\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x11.baton.v1.Failure\"(\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"}\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\r\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\r\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08*\x9f\x01\n\tEndReason\x12\x1a\n\x16\x45ND_REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45ND_REASON_STOP\x10\x01\x12\x15\n\x11\x45ND_REASON_LENGTH\x10\x02\x12\x17\n\x13\x45ND_REASON_RELEASED\x10\x03\x12\x1a\n\x16\x45ND_REASON_HANDED_OVER\x10\x04\x12\x15\n\x11\x45ND_REASON_FAILED\x10\x05\x32Q\n\x0bLinkService\x12\x42\n\x07\x43onnect\x12\x18.baton.v1.ConnectRequest\x1a\x19.baton.v1.ConnectResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_ENDREASON']._serialized_start=1734
-  _globals['_ENDREASON']._serialized_end=1893
+  _globals['_ENDREASON']._serialized_start=1989
+  _globals['_ENDREASON']._serialized_end=2148
   _globals['_CONNECTREQUEST']._serialized_start=78
   _globals['_CONNECTREQUEST']._serialized_end=131
   _globals['_COMMAND']._serialized_start=134
@@ -44,29 +44,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO']._serialized_start=303
   _globals['_HELLO']._serialized_end=329
   _globals['_ADMIT']._serialized_start=332
-  _globals['_ADMIT']._serialized_end=469
-  _globals['_SAMPLING']._serialized_start=472
-  _globals['_SAMPLING']._serialized_end=892
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=808
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=856
-  _globals['_HANDOVER']._serialized_start=894
-  _globals['_HANDOVER']._serialized_end=959
-  _globals['_RELEASE']._serialized_start=961
-  _globals['_RELEASE']._serialized_end=991
-  _globals['_CONNECTRESPONSE']._serialized_start=994
-  _globals['_CONNECTRESPONSE']._serialized_end=1193
-  _globals['_WELCOME']._serialized_start=1195
-  _globals['_WELCOME']._serialized_end=1238
-  _globals['_TICKETGRANTED']._serialized_start=1240
-  _globals['_TICKETGRANTED']._serialized_end=1310
-  _globals['_SEQUENCETOKENS']._serialized_start=1313
-  _globals['_SEQUENCETOKENS']._serialized_end=1459
-  _globals['_ENDED']._serialized_start=1461
-  _globals['_ENDED']._serialized_end=1562
-  _globals['_FAILURE']._serialized_start=1564
-  _globals['_FAILURE']._serialized_end=1604
-  _globals['_LOAD']._serialized_start=1606
-  _globals['_LOAD']._serialized_end=1731
-  _globals['_LINKSERVICE']._serialized_start=1895
-  _globals['_LINKSERVICE']._serialized_end=1976
+  _globals['_ADMIT']._serialized_end=519
+  _globals['_SAMPLING']._serialized_start=522
+  _globals['_SAMPLING']._serialized_end=992
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=888
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=936
+  _globals['_HANDOVER']._serialized_start=994
+  _globals['_HANDOVER']._serialized_end=1059
+  _globals['_RELEASE']._serialized_start=1061
+  _globals['_RELEASE']._serialized_end=1091
+  _globals['_CONNECTRESPONSE']._serialized_start=1094
+  _globals['_CONNECTRESPONSE']._serialized_end=1329
+  _globals['_WELCOME']._serialized_start=1331
+  _globals['_WELCOME']._serialized_end=1374
+  _globals['_TICKETGRANTED']._serialized_start=1376
+  _globals['_TICKETGRANTED']._serialized_end=1446
+  _globals['_STEPTOKENS']._serialized_start=1448
+  _globals['_STEPTOKENS']._serialized_end=1515
+  _globals['_SEQUENCETOKENS']._serialized_start=1518
+  _globals['_SEQUENCETOKENS']._serialized_end=1714
+  _globals['_ENDED']._serialized_start=1716
+  _globals['_ENDED']._serialized_end=1817
+  _globals['_FAILURE']._serialized_start=1819
+  _globals['_FAILURE']._serialized_end=1859
+  _globals['_LOAD']._serialized_start=1861
+  _globals['_LOAD']._serialized_end=1986
+  _globals['_LINKSERVICE']._serialized_start=2150
+  _globals['_LINKSERVICE']._serialized_end=2231
 # @@protoc_insertion_point(module_scope)

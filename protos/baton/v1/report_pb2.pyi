@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Report(_message.Message):
-    __slots__ = ("parts", "batch_sizes", "step_s", "tokens", "prefill_tokens", "cached_tokens", "transfers", "transfer_bytes", "transfer_s", "load", "cached_blocks", "held_blocks", "lent_blocks")
+    __slots__ = ("parts", "batch_sizes", "step_s", "tokens", "prefill_tokens", "cached_tokens", "transfers", "transfer_bytes", "transfer_s", "load", "cached_blocks", "held_blocks", "lent_blocks", "preempted_swap", "preempted_recompute", "swap_bytes", "unused_slots")
     PARTS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZES_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,10 @@ class Report(_message.Message):
     CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HELD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LENT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTED_SWAP_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTED_RECOMPUTE_FIELD_NUMBER: _ClassVar[int]
+    SWAP_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UNUSED_SLOTS_FIELD_NUMBER: _ClassVar[int]
     parts: _containers.RepeatedCompositeFieldContainer[TimedPart]
     batch_sizes: _containers.RepeatedScalarFieldContainer[int]
     step_s: _containers.RepeatedScalarFieldContainer[float]
@@ -35,7 +39,11 @@ class Report(_message.Message):
     cached_blocks: int
     held_blocks: int
     lent_blocks: int
-    def __init__(self, parts: _Optional[_Iterable[_Union[TimedPart, _Mapping]]] = ..., batch_sizes: _Optional[_Iterable[int]] = ..., step_s: _Optional[_Iterable[float]] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., transfers: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., lent_blocks: _Optional[int] = ...) -> None: ...
+    preempted_swap: int
+    preempted_recompute: int
+    swap_bytes: int
+    unused_slots: int
+    def __init__(self, parts: _Optional[_Iterable[_Union[TimedPart, _Mapping]]] = ..., batch_sizes: _Optional[_Iterable[int]] = ..., step_s: _Optional[_Iterable[float]] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., transfers: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., lent_blocks: _Optional[int] = ..., preempted_swap: _Optional[int] = ..., preempted_recompute: _Optional[int] = ..., swap_bytes: _Optional[int] = ..., unused_slots: _Optional[int] = ...) -> None: ...
 
 class TimedPart(_message.Message):
     __slots__ = ("sequence_id", "name", "traceparent", "start_ns", "end_ns", "attributes")

@@ -26,7 +26,7 @@ from baton.v1 import kv_pb2 as baton_dot_v1_dot_kv__pb2
 from baton.v1 import link_pb2 as baton_dot_v1_dot_link__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/worker.proto\x12\x08\x62\x61ton.v1\x1a\x11\x62\x61ton/v1/kv.proto\x1a\x13\x62\x61ton/v1/link.proto\"\'\n\x10GetLedgerRequest\x12\x13\n\x0b\x64rop_cached\x18\x01 \x01(\x08\"\xd1\x01\n\x11GetLedgerResponse\x12\x14\n\x0ctotal_blocks\x18\x01 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x02 \x01(\r\x12\x15\n\rcached_blocks\x18\x03 \x01(\r\x12\x13\n\x0bheld_blocks\x18\x04 \x01(\r\x12\x13\n\x0blent_blocks\x18\x05 \x01(\r\x12!\n\x07holders\x18\x06 \x03(\x0b\x32\x10.baton.v1.Holder\x12\x12\n\nviolations\x18\x07 \x03(\t\x12\x19\n\x11transport_objects\x18\x08 \x01(\r\"?\n\x06Holder\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x11\n\tblock_ids\x18\x03 \x03(\r\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\"3\n\rDrainResponse\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\x12\x11\n\tremaining\x18\x02 \x01(\r\"\x12\n\x10GetStatusRequest\"\xf5\x01\n\x11GetStatusResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x11\n\ttransport\x18\x06 \x01(\t\x12$\n\x08geometry\x18\x07 \x01(\x0b\x32\x12.baton.v1.Geometry\x12\x1c\n\x04load\x18\x08 \x01(\x0b\x32\x0e.baton.v1.Load\x12\r\n\x05steps\x18\t \x01(\x04\x12\x10\n\x08uptime_s\x18\n \x01(\x01\x12\x19\n\x11transfer_gb_per_s\x18\x0b \x01(\x01\x32\xd5\x01\n\rWorkerService\x12\x44\n\tGetLedger\x12\x1a.baton.v1.GetLedgerRequest\x1a\x1b.baton.v1.GetLedgerResponse\x12\x38\n\x05\x44rain\x12\x16.baton.v1.DrainRequest\x1a\x17.baton.v1.DrainResponse\x12\x44\n\tGetStatus\x12\x1a.baton.v1.GetStatusRequest\x1a\x1b.baton.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x62\x61ton/v1/worker.proto\x12\x08\x62\x61ton.v1\x1a\x11\x62\x61ton/v1/kv.proto\x1a\x13\x62\x61ton/v1/link.proto\"\'\n\x10GetLedgerRequest\x12\x13\n\x0b\x64rop_cached\x18\x01 \x01(\x08\"\xfe\x01\n\x11GetLedgerResponse\x12\x14\n\x0ctotal_blocks\x18\x01 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x02 \x01(\r\x12\x15\n\rcached_blocks\x18\x03 \x01(\r\x12\x13\n\x0bheld_blocks\x18\x04 \x01(\r\x12\x13\n\x0blent_blocks\x18\x05 \x01(\r\x12!\n\x07holders\x18\x06 \x03(\x0b\x32\x10.baton.v1.Holder\x12\x12\n\nviolations\x18\x07 \x03(\t\x12\x19\n\x11transport_objects\x18\x08 \x01(\r\x12\x15\n\rpinned_blocks\x18\t \x01(\r\x12\x14\n\x0cunused_slots\x18\n \x01(\x04\"O\n\x06Holder\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x11\n\tblock_ids\x18\x03 \x03(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\r\"\"\n\x0c\x44rainRequest\x12\x12\n\ntimeout_ms\x18\x01 \x01(\r\"3\n\rDrainResponse\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\x12\x11\n\tremaining\x18\x02 \x01(\r\"\x12\n\x10GetStatusRequest\"\xf5\x01\n\x11GetStatusResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x11\n\ttransport\x18\x06 \x01(\t\x12$\n\x08geometry\x18\x07 \x01(\x0b\x32\x12.baton.v1.Geometry\x12\x1c\n\x04load\x18\x08 \x01(\x0b\x32\x0e.baton.v1.Load\x12\r\n\x05steps\x18\t \x01(\x04\x12\x10\n\x08uptime_s\x18\n \x01(\x01\x12\x19\n\x11transfer_gb_per_s\x18\x0b \x01(\x01\x32\xd5\x01\n\rWorkerService\x12\x44\n\tGetLedger\x12\x1a.baton.v1.GetLedgerRequest\x1a\x1b.baton.v1.GetLedgerResponse\x12\x38\n\x05\x44rain\x12\x16.baton.v1.DrainRequest\x1a\x17.baton.v1.DrainResponse\x12\x44\n\tGetStatus\x12\x1a.baton.v1.GetStatusRequest\x1a\x1b.baton.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,17 +36,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETLEDGERREQUEST']._serialized_start=75
   _globals['_GETLEDGERREQUEST']._serialized_end=114
   _globals['_GETLEDGERRESPONSE']._serialized_start=117
-  _globals['_GETLEDGERRESPONSE']._serialized_end=326
-  _globals['_HOLDER']._serialized_start=328
-  _globals['_HOLDER']._serialized_end=391
-  _globals['_DRAINREQUEST']._serialized_start=393
-  _globals['_DRAINREQUEST']._serialized_end=427
-  _globals['_DRAINRESPONSE']._serialized_start=429
-  _globals['_DRAINRESPONSE']._serialized_end=480
-  _globals['_GETSTATUSREQUEST']._serialized_start=482
-  _globals['_GETSTATUSREQUEST']._serialized_end=500
-  _globals['_GETSTATUSRESPONSE']._serialized_start=503
-  _globals['_GETSTATUSRESPONSE']._serialized_end=748
-  _globals['_WORKERSERVICE']._serialized_start=751
-  _globals['_WORKERSERVICE']._serialized_end=964
+  _globals['_GETLEDGERRESPONSE']._serialized_end=371
+  _globals['_HOLDER']._serialized_start=373
+  _globals['_HOLDER']._serialized_end=452
+  _globals['_DRAINREQUEST']._serialized_start=454
+  _globals['_DRAINREQUEST']._serialized_end=488
+  _globals['_DRAINRESPONSE']._serialized_start=490
+  _globals['_DRAINRESPONSE']._serialized_end=541
+  _globals['_GETSTATUSREQUEST']._serialized_start=543
+  _globals['_GETSTATUSREQUEST']._serialized_end=561
+  _globals['_GETSTATUSRESPONSE']._serialized_start=564
+  _globals['_GETSTATUSRESPONSE']._serialized_end=809
+  _globals['_WORKERSERVICE']._serialized_start=812
+  _globals['_WORKERSERVICE']._serialized_end=1025
 # @@protoc_insertion_point(module_scope)

@@ -15,7 +15,7 @@ class GetLedgerRequest(_message.Message):
     def __init__(self, drop_cached: _Optional[bool] = ...) -> None: ...
 
 class GetLedgerResponse(_message.Message):
-    __slots__ = ("total_blocks", "free_blocks", "cached_blocks", "held_blocks", "lent_blocks", "holders", "violations", "transport_objects")
+    __slots__ = ("total_blocks", "free_blocks", "cached_blocks", "held_blocks", "lent_blocks", "holders", "violations", "transport_objects", "pinned_blocks", "unused_slots")
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,8 @@ class GetLedgerResponse(_message.Message):
     HOLDERS_FIELD_NUMBER: _ClassVar[int]
     VIOLATIONS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_OBJECTS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    UNUSED_SLOTS_FIELD_NUMBER: _ClassVar[int]
     total_blocks: int
     free_blocks: int
     cached_blocks: int
@@ -32,17 +34,21 @@ class GetLedgerResponse(_message.Message):
     holders: _containers.RepeatedCompositeFieldContainer[Holder]
     violations: _containers.RepeatedScalarFieldContainer[str]
     transport_objects: int
-    def __init__(self, total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., lent_blocks: _Optional[int] = ..., holders: _Optional[_Iterable[_Union[Holder, _Mapping]]] = ..., violations: _Optional[_Iterable[str]] = ..., transport_objects: _Optional[int] = ...) -> None: ...
+    pinned_blocks: int
+    unused_slots: int
+    def __init__(self, total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., lent_blocks: _Optional[int] = ..., holders: _Optional[_Iterable[_Union[Holder, _Mapping]]] = ..., violations: _Optional[_Iterable[str]] = ..., transport_objects: _Optional[int] = ..., pinned_blocks: _Optional[int] = ..., unused_slots: _Optional[int] = ...) -> None: ...
 
 class Holder(_message.Message):
-    __slots__ = ("sequence_id", "state", "block_ids")
+    __slots__ = ("sequence_id", "state", "block_ids", "tokens")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     state: str
     block_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, sequence_id: _Optional[str] = ..., state: _Optional[str] = ..., block_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    tokens: int
+    def __init__(self, sequence_id: _Optional[str] = ..., state: _Optional[str] = ..., block_ids: _Optional[_Iterable[int]] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_ms",)

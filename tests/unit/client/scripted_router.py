@@ -34,6 +34,7 @@ class ScriptedRouter(rpc.InferenceServiceServicer):
     metadata: list[dict[str, str | bytes]] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     unavailable: int = 0  # how many unary calls fail first
+    max_model_len: int = 128
 
     def Generate(self, request, context):
         self.asked.append(request)
@@ -52,10 +53,11 @@ class ScriptedRouter(rpc.InferenceServiceServicer):
         return pb.ListModelsResponse(models=[pb.Model(name="m", max_model_len=128, ready=True)])
 
     def GetModel(self, request, context):
-        if request.model != "m":
+        if request.model not in ("", "m"):
             context.abort(grpc.StatusCode.NOT_FOUND, f"no model {request.model}")
         worker = pb.Worker(worker_id="decode-0", role="decode", running=2, waiting=1, free_blocks=5, total_blocks=8)
-        return pb.GetModelResponse(model=pb.Model(name="m", max_model_len=128, ready=True), workers=[worker])
+        model = pb.Model(name="m", max_model_len=self.max_model_len, vocab_size=1000, ready=True)
+        return pb.GetModelResponse(model=model, workers=[worker])
 
     def Tokenize(self, request, context):
         count = len(request.chat.messages) if request.HasField("chat") else len(request.text)

@@ -1,7 +1,7 @@
 import grpc
 import pytest
 
-from baton.client import ChatMessage, InferenceClient, Retry, Sampling, ServerFault
+from baton.client import ChatMessage, InferenceClient, PromptLogprob, Retry, Sampling, ServerFault
 from baton.core import errors
 from baton.core.request import FinishReason
 
@@ -38,6 +38,25 @@ def test_penalties_bias_and_min_tokens_are_sent_where_they_are_given(router: Scr
     assert sent.HasField("min_tokens")
     assert not sent.HasField("presence_penalty")
     assert [field.name for field, _ in plain.ListFields()] == ["seed"]
+
+
+def test_log_probabilities_of_the_prompt_and_priority_cross(router: ScriptedRouter, address: str) -> None:
+    first = message(1, "a")
+    first.outputs[0].prompt_logprobs.add(token_id=7)
+    first.outputs[0].prompt_logprobs.add(token_id=8, logprob=-0.5).top.add(token_id=9, logprob=-0.25)
+    router.scripts = [[first, message(2, "b"), message(2, last=True)]] * 2
+    with client(address) as ask:
+        answer = ask.generate("x", sampling=Sampling(prompt_logprobs=1), priority=-3).answers[0]
+        ask.generate("x")
+        with pytest.raises(errors.InvalidRequest):
+            ask.generate("x", priority=2**40)
+    assert answer.prompt_logprobs == (
+        PromptLogprob(token_id=7, logprob=None),
+        PromptLogprob(token_id=8, logprob=-0.5, top=((9, -0.25),)),
+    )
+    assert (router.asked[0].priority, router.asked[0].sampling.prompt_logprobs) == (-3, 1)
+    assert router.asked[1].priority == 0
+    assert not router.asked[1].sampling.HasField("prompt_logprobs")
 
 
 def test_a_broken_stream_goes_on_where_it_stopped_with_its_id_and_seed(router: ScriptedRouter, address: str) -> None:

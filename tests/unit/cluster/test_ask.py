@@ -81,11 +81,21 @@ def test_an_answer_that_takes_too_long_is_said_so(
         (["--timeout", "nan"], "--timeout is nan, but must be above 0."),
         (["--top-k", "-1"], "--top-k is -1, but must be from 0 to 4294967295."),
         (["--max-tokens", "4294967296"], "--max-tokens is 4294967296, but must be from 0 to 4294967295."),
+        (["--priority", "-101"], "--priority is -101, but must be from -100 to 100."),
     ],
 )
 def test_a_value_out_of_range_names_its_flag(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", "--address", "127.0.0.1:1", *flags, "x"]) == cli.EXIT_MISTAKE
     assert capsys.readouterr().err == f"baton: {says}\n"
+
+
+def test_a_priority_goes_to_the_router(router: Scripted, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    router.scripts = [[message(1, "a"), message(1, last=True)] for _ in range(3)]
+    assert cli.main(["generate", "--address", address, "--priority", "7", "x"]) == 0
+    assert cli.main(["generate", "--address", address, "x"]) == 0
+    people_say(["one", "/quit"], monkeypatch)
+    assert cli.main(["chat", "--address", address, "--priority", "-3"]) == 0
+    assert [request.priority for request in router.asked] == [7, 0, -3]
 
 
 def test_tls_to_a_router_without_is_one_line(address: str, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_status_and_models_say_what_is_served(
     assert cli.main(["models", "--address", address]) == 0
     shown = capsys.readouterr().out
     assert "model    m  ready" in shown
-    assert "worker   decode-0  decode: 2 running, 1 waiting, 5 of 8 KV blocks free" in shown
+    assert "worker   decode-0  decode: 2 running, 1 waiting, 5 of 8 KV blocks free (38% in use)" in shown
     assert "NAME  CONTEXT" in shown
 
 

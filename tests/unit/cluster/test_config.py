@@ -17,6 +17,18 @@ def test_nothing_given_gives_the_defaults() -> None:
     assert load({}, {}, None) == ServeConfig()
 
 
+def test_workers_that_do_both_come_alone_unless_others_are_asked_for_too() -> None:
+    def counts(**flags: str) -> tuple[int, int, int]:
+        config = load(flags, {}, None)
+        return config.prefill, config.decode, config.both
+
+    assert counts() == (1, 1, 0)
+    assert counts(both="2") == (0, 0, 2)
+    assert counts(both="2", prefill="1", decode="3") == (1, 3, 2)
+    assert counts(both="0", decode="2") == (1, 2, 0)
+    assert load({}, {"BATON_BOTH": "1"}, None).num_workers == 1
+
+
 def test_an_empty_file_and_an_empty_variable_say_nothing(tmp_path: Path) -> None:
     file = tmp_path / "baton.yaml"
     file.write_text("# nothing yet\nmodel:\n")
@@ -30,11 +42,17 @@ def test_an_empty_file_and_an_empty_variable_say_nothing(tmp_path: Path) -> None
         ({}, {}, "api_keys: a", "set BATON_API_KEYS instead"),
         ({}, {}, "- a", "must hold lines such as"),
         ({}, {}, "a: [", "can't be read"),
-        ({}, {}, "decode: yes", "whole number from 1"),
+        ({}, {}, "decode: yes", "whole number from 0"),
         ({}, {}, "grpc_port: 1.5", "whole number from 1"),
         ({}, {"BATON_MODELL": "x"}, None, "Did you mean BATON_MODEL?"),
         ({}, {"BATON_GRPC_PORT": "0"}, None, "BATON_GRPC_PORT is 0"),
-        ({"decode": "0"}, {}, None, "--decode is 0"),
+        ({"decode": "0"}, {}, None, "--decode is 0: neither serves without the other"),
+        ({"prefill": "0", "both": "2"}, {"BATON_DECODE": "1"}, None, "neither serves without the other"),
+        ({"prefill": "0", "decode": "0"}, {}, None, "--prefill and --decode, or --both"),
+        ({"both": "-1"}, {}, None, "whole number from 0"),
+        ({"policy": "lifo"}, {}, None, "one of fcfs, sjf, priority, fair, hybrid"),
+        ({"step_tokens": "8"}, {}, None, "whole number from 16"),
+        ({"swap_memory": "some"}, {}, None, "512MiB"),
         ({"decode": "many"}, {}, None, "--decode is 'many'"),
         ({"kv_memory": "lots"}, {}, None, "512MiB"),
         ({"dtype": "int4"}, {}, None, "auto, bfloat16, float32"),

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.cluster.memory_plan import GPU_SHARE, GPU_WORKSPACE, GPUS, check_split, count_weights, plan_memory
+from baton.cluster.memory_plan import GPUS, check_split, count_weights, plan_memory
 from baton.cluster.model_shape import AttentionShape, Experts, ModelShape, read_shape
 from baton.core.errors import ConfigError
+from baton.engine.memory import GPU_SHARE, GPU_WORKSPACE
 
 
 def config(architecture: str, *sizes: int, **more: Any) -> dict[str, Any]:

@@ -103,8 +103,24 @@ def test_too_little_memory_is_told_with_the_arithmetic() -> None:
         preflight.settle_kv_bytes(ServeConfig(kv_memory=1 << 20), SIZE, 4096, 24 << 30)
 
 
-def test_free_memory_is_positive() -> None:
-    assert preflight.free_memory() > 0
+def test_swap_memory_is_host_memory_and_stands_in_the_arithmetic() -> None:
+    config = ServeConfig(prefill=1, decode=2, swap_memory=8 << 30)
+    says = r"3 workers x .* \+ 2 x 8\.0 GiB swap \+ .* = 1[89]\.. GiB, free are 12\.0 GiB: .*--swap-memory"
+    with pytest.raises(ConfigError, match=says) as caught:
+        preflight.settle_kv_bytes(config, SIZE, 4096, 12 << 30)
+    assert "\n" not in str(caught.value)
+    beside = preflight.settle_kv_bytes(config, SIZE, 4096, 20 << 30)
+    assert beside < preflight.settle_kv_bytes(replace(config, swap_memory=None), SIZE, 4096, 20 << 30)
+
+
+def test_swap_memory_by_default_is_a_tenth_of_what_is_left_and_never_makes_a_start_fail() -> None:
+    config = ServeConfig(decode=2)
+    kv = preflight.settle_kv_bytes(config, SIZE, 4096, 20 << 30)
+    swap = preflight.settle_swap_bytes(config, SIZE, kv, 20 << 30)
+    assert 0 < 2 * swap < (20 << 30) // 10
+    assert preflight.settle_swap_bytes(config, SIZE, kv, 1 << 30) == 0
+    assert preflight.settle_swap_bytes(replace(config, swap_memory=0), SIZE, kv, 20 << 30) == 0
+    assert preflight.settle_swap_bytes(replace(config, swap_memory=5 << 30), SIZE, kv, 20 << 30) == 5 << 30
 
 
 def test_gpus_are_counted_without_torch(tmp_path: Path) -> None:

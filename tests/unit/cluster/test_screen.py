@@ -35,6 +35,20 @@ def test_the_commands_to_try_go_where_it_listens(monkeypatch: pytest.MonkeyPatch
     assert 'curl -H "Authorization: Bearer $BATON_API_KEY" https://[::1]:8/v1/models' in shown
 
 
+@pytest.mark.parametrize(
+    ("prefill", "decode", "both", "says"),
+    [
+        (1, 2, 0, "1 prefill worker and 2 decode workers"),
+        (0, 0, 1, "1 worker that does both"),
+        (0, 0, 2, "2 workers that do both"),
+        (2, 1, 1, "2 prefill workers, 1 decode worker and 1 that does both"),
+    ],
+)
+def test_the_banner_says_which_workers_serve(prefill: int, decode: int, both: int, says: str) -> None:
+    config = ServeConfig(prefill=prefill, decode=decode, both=both)
+    assert f"  Baton serves m: {says}.\n" in banner(config, "m", keys=False)
+
+
 def test_the_commands_to_try_start_with_one_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / ".venv" / "bin" / "baton"
     script.parent.mkdir(parents=True)

@@ -1,6 +1,6 @@
 """Tiny checkpoints with random weights, made on the spot, and an engine over them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from baton.engine.engine import Engine
+
+from ...ranks import Ranks
 
 torch.set_num_threads(1)
 
@@ -79,3 +81,11 @@ def build(checkpoint: Callable[..., Path]) -> Callable[..., Engine]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Four processes."""
+    processes = Ranks(4)
+    yield processes
+    processes.close()

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from baton.core.ids import SequenceId
 from baton.core.request import EndReason, Sampling
 from baton.engine.engine import Engine
-from baton.engine.logit_edits import LogitEdits, edited
-from baton.engine.sampler import SamplingRows, sample
+from baton.engine.logit_edits import LogitEdits
 from baton.engine.sequence import Sequence
 
-CPU = torch.device("cpu")
+from ...batch_runs import Way, run
+from .sampling import choose, with_edits
+
 VOCAB = 40
 INF = float("inf")
 TOKENS = st.integers(0, VOCAB - 1)
@@ -51,14 +52,14 @@ def naive(logits: list[float], params: Sampling, prompt: list[int], answer: list
 
 
 def edits_of(params: Sampling, prompt: list[int], answer: list[int]) -> LogitEdits | None:
-    """As the sequence has them after these tokens."""
-    return a_sequence(0, prompt, params, answer).edits
+    """As they are after these tokens."""
+    return LogitEdits.of(params, np.array(prompt, dtype=np.int64), answer)
 
 
 def a_sequence(index: int, prompt: list[int], params: Sampling, answer: list[int] | None = None) -> Sequence:
     seq = Sequence(SequenceId(f"r/{index}"), tuple(prompt), params)
     for token in answer or ():
-        seq.append(token)
+        seq.tokens.append(token)
     return seq
 
 
@@ -74,7 +75,7 @@ def a_sequence(index: int, prompt: list[int], params: Sampling, answer: list[int
 def test_edits_are_what_a_plain_reading_gives(rows: list[tuple[Sampling, list[int], list[int]]], seed: int) -> None:
     logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(seed)) * 5
     edits = [edits_of(*row) for row in rows]
-    found = edited(logits, edits).double() if any(edits) else logits.double()
+    found = with_edits(logits, edits).double()
     expected = torch.tensor(
         [naive(line, *row) for line, row in zip(logits.tolist(), rows, strict=True)], dtype=torch.float64
     )
@@ -97,7 +98,7 @@ def test_as_many_biases_and_stop_tokens_as_may_be_given_are_all_there() -> None:
     stops = frozenset(range(500, 1524))
     bias = tuple((token, 1.0) for token in range(1024))
     edits = edits_of(Sampling(max_tokens=9, logit_bias=bias, min_tokens=1, stop_token_ids=stops), [7], [])
-    found = edited(torch.zeros(1, 2000), [edits])[0]
+    found = with_edits(torch.zeros(1, 2000), [edits])[0]
     assert found[:500].eq(1).all()
     assert found[500:1524].eq(-INF).all()
     assert found[1524:].eq(0).all()
@@ -109,12 +110,9 @@ def test_the_logits_and_their_logprobs_stay_as_they_were() -> None:
     best = int(logits[0].argmax())
     params = Sampling(max_tokens=9, temperature=0.0, logprobs=1, logit_bias=((best, -100.0),))
     plain = Sampling(max_tokens=9, temperature=0.0, logprobs=1)
-    rows = SamplingRows.of([params, plain], VOCAB, CPU)
-    sampled = sample(logits, rows, [0, 0], [edits_of(params, [1], []), None])
+    sampled = choose(logits, [params, plain])
     assert torch.equal(logits, kept)
-    first, second = sampled.logprobs
-    assert first is not None
-    assert second is not None
+    first = sampled.logprobs[0]
     table = torch.log_softmax(kept, -1)
     assert sampled.token_ids[0] == int(kept[0].topk(2).indices[1])
     assert first.logprob == pytest.approx(float(table[0, sampled.token_ids[0]]))
@@ -140,34 +138,16 @@ def random_params(number: int) -> Sampling:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_alone_and_in_a_batch_gets_the_same_token(dtype: torch.dtype) -> None:
-    params = [random_params(number) for number in range(64)]
-    dice = random.Random(3)
-    said = [dice.choices(range(VOCAB), k=dice.randrange(40)) for _ in params]
-    edits = [edits_of(row, [1, 2, 3], answer) for row, answer in zip(params, said, strict=True)]
-    assert sum(edit is None for edit in edits) > 1
-    logits = (torch.randn(64, VOCAB, generator=torch.Generator().manual_seed(4)) * 3).to(dtype)
-    positions = [len(answer) for answer in said]
-    together = sample(logits, SamplingRows.of(params, VOCAB, CPU), positions, edits).token_ids
-    alone = [
-        sample(logits[i : i + 1], SamplingRows.of([row], VOCAB, CPU), [positions[i]], [edits[i]]).token_ids[0]
-        for i, row in enumerate(params)
-    ]
-    assert together == alone
-
-
 def test_a_vocabulary_of_stop_tokens_alone_still_gives_a_token() -> None:
     for temperature in (0.0, 1.0):
         params = Sampling(max_tokens=9, temperature=temperature, min_tokens=5, stop_token_ids=frozenset(range(VOCAB)))
-        rows = SamplingRows.of([params], VOCAB, CPU)
-        (token,) = sample(torch.randn(1, VOCAB), rows, [0], [edits_of(params, [1], [])]).token_ids
+        (token,) = choose(torch.randn(1, VOCAB), [params]).token_ids
         assert 0 <= token < VOCAB
 
 
 def test_a_tiny_repetition_penalty_gives_no_infinity() -> None:
     params = Sampling(max_tokens=9, repetition_penalty=1e-38, logit_bias=((4, 100.0),))
-    assert torch.isfinite(edited(torch.randn(1, VOCAB) * 9, [edits_of(params, list(range(VOCAB)), [])])).all()
+    assert torch.isfinite(with_edits(torch.randn(1, VOCAB) * 9, [edits_of(params, list(range(VOCAB)), [])])).all()
 
 
 # Through the engine
@@ -178,18 +158,8 @@ def prompts(count: int, longest: int, seed: int) -> list[list[int]]:
     return [[numbers.randrange(2, 211) for _ in range(numbers.randint(1, longest))] for _ in range(count)]
 
 
-def run(engine: Engine, sequences: list[Sequence], chunk: int = 64) -> list[list[int]]:
-    for seq in sequences:
-        engine.start(seq, seq.max_length)
-    running = list(sequences)
-    while running:
-        decode = [seq for seq in running if seq.remaining == 1 and seq.tokens]
-        prefill = [(seq, min(chunk, seq.remaining)) for seq in running if seq not in decode]
-        engine.step(prefill, decode)
-        for seq in [seq for seq in running if seq.end_reason()]:
-            engine.finish(seq)
-            running.remove(seq)
-    engine.ledger.check()
+def answers_of(engine: Engine, sequences: list[Sequence], chunk: int = 64) -> list[list[int]]:
+    run(engine, sequences, Way(step_tokens=chunk, join_every=0))
     return [seq.tokens for seq in sequences]
 
 
@@ -214,7 +184,7 @@ def test_a_repetition_penalty_answers_like_transformers(
     expected = [reference(path, prompt, max_new_tokens=32, repetition_penalty=penalty) for prompt in asked]
     assert expected != [reference(path, prompt, max_new_tokens=32) for prompt in asked]
     params = Sampling(max_tokens=32, temperature=0.0, repetition_penalty=penalty)
-    found = run(build(family), [a_sequence(i, prompt, params) for i, prompt in enumerate(asked)], chunk=32)
+    found = answers_of(build(family), [a_sequence(i, prompt, params) for i, prompt in enumerate(asked)], chunk=32)
     assert found == expected
 
 
@@ -228,7 +198,7 @@ def test_min_tokens_answer_like_transformers(checkpoint: Callable[..., Path], bu
     params = Sampling(
         max_tokens=24, temperature=0.0, min_tokens=9, stop_token_ids=frozenset(stops), repetition_penalty=1.2
     )
-    assert run(build(), [a_sequence(0, prompt, params)]) == [expected]
+    assert answers_of(build(), [a_sequence(0, prompt, params)]) == [expected]
     assert not set(expected[:9]) & set(stops)
 
 
@@ -237,7 +207,7 @@ def test_an_answer_may_stop_with_the_first_token_after_min_tokens(build: Callabl
     params = Sampling(max_tokens=24, temperature=0.0, logit_bias=((9, 100.0),), stop_token_ids=frozenset({9}))
     for least in (0, 1, 2, 7, 24):
         seq = a_sequence(0, prompt, replace(params, min_tokens=least))
-        run(build(), [seq])
+        answers_of(build(), [seq])
         assert len(seq.tokens) == min(least + 1, 24)
         assert seq.end_reason() is (EndReason.LENGTH if least == 24 else EndReason.STOP)
         assert (9 in seq.tokens) == (least < 24)
@@ -253,8 +223,8 @@ def test_alone_or_in_a_batch_of_64_the_answers_are_the_same(build: Callable[...,
     params = [drawn(number, 24) for number in range(64)]
     engine = build(num_blocks=500)
     sequences = [a_sequence(i, *pair) for i, pair in enumerate(zip(asked, params, strict=True))]
-    together = run(engine, sequences, chunk=17)
-    alone = [run(engine, [a_sequence(i, *pair)])[0] for i, pair in enumerate(zip(asked, params, strict=True))]
+    together = answers_of(engine, sequences, chunk=17)
+    alone = [answers_of(engine, [a_sequence(i, *pair)])[0] for i, pair in enumerate(zip(asked, params, strict=True))]
     assert together == alone
     assert sum(len(set(answer)) > 8 for answer in together) > 32
 
@@ -262,19 +232,19 @@ def test_alone_or_in_a_batch_of_64_the_answers_are_the_same(build: Callable[...,
 @pytest.mark.parametrize("number", range(8))
 def test_a_replayed_sequence_continues_as_it_would_have(number: int, build: Callable[..., Engine]) -> None:
     prompt, engine = prompts(1, 60, seed=number)[0], build()
-    (whole,) = run(engine, [a_sequence(0, prompt, drawn(number, 30))])
+    (whole,) = answers_of(engine, [a_sequence(0, prompt, drawn(number, 30))])
     for known in (1, len(whole) // 2, len(whole) - 1):
-        assert run(engine, [a_sequence(0, prompt, drawn(number, 30), whole[:known])], chunk=23) == [whole]
+        assert answers_of(engine, [a_sequence(0, prompt, drawn(number, 30), whole[:known])], chunk=23) == [whole]
 
 
 def test_edits_follow_from_the_tokens_alone() -> None:
-    """Whoever appends them: prefill's engine, or a decode worker that was told the first."""
+    """Whoever adds them: prefill's engine, or a decode worker that was told the first."""
     params, dice = random_params(5), np.random.default_rng(5)
     answer = dice.integers(0, VOCAB, 50).tolist()
-    one, other = edits_of(params, [1, 2], answer), a_sequence(0, [1, 2], params, answer[:1])
-    for token in answer[1:]:
-        other.append(token)
+    one, other = edits_of(params, [1, 2], answer), edits_of(params, [1, 2], answer[:1])
     assert one is not None
-    assert other.edits is not None
-    assert one.token_ids.tolist() == other.edits.token_ids.tolist()
-    assert one.values.tolist() == other.edits.values.tolist()
+    assert other is not None
+    for token in answer[1:]:
+        other.add(token)
+    assert one.token_ids.tolist() == other.token_ids.tolist()
+    assert one.values.tolist() == other.values.tolist()

@@ -2,16 +2,19 @@
 
 import random
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from baton.core.ids import SequenceId
-from baton.core.request import Sampling
+from baton.engine.continuous_batch import ContinuousBatch
 from baton.engine.engine import Engine
-from baton.engine.sequence import Sequence
+from baton.engine.members import Goal
+from baton.engine.policies import policy
+
+from ...batch_runs import Way, greedy, run
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 LLAMA3 = {
@@ -74,27 +77,9 @@ def reference(path: Path, prompt: tuple[int, ...], new_tokens: int) -> list[int]
     return answer
 
 
-def sequence(index: int, prompt: tuple[int, ...], new_tokens: int) -> Sequence:
-    return Sequence(SequenceId(f"r/{index}"), prompt, Sampling(max_tokens=new_tokens, temperature=0.0))
-
-
-def run(engine: Engine, sequences: list[Sequence], chunk: int, join_every: int = 1) -> list[list[int]]:
-    """All of them, a new one joining every few steps, prompts in chunks beside those that decode."""
-    waiting, running, steps = list(sequences), [], 0
-    while waiting or running:
-        if waiting and steps % join_every == 0:
-            joined = waiting.pop(0)
-            engine.start(joined, joined.max_length)
-            running.append(joined)
-        decode = [seq for seq in running if seq.remaining == 1 and seq.tokens]
-        prefill = [(seq, min(chunk, seq.remaining)) for seq in running if seq not in decode]
-        engine.step(prefill, decode)
-        for seq in [seq for seq in running if seq.end_reason()]:
-            engine.finish(seq)
-            running.remove(seq)
-        steps += 1
-    engine.ledger.check()
-    assert engine.ledger.held_count == 0
+def answers_of(engine: Engine, asked: Seq[tuple[int, ...]], new_tokens: int, way: Way | None = None) -> list[list[int]]:
+    sequences = [greedy(i, prompt, new_tokens) for i, prompt in enumerate(asked)]
+    run(engine, sequences, way)
     return [seq.tokens for seq in sequences]
 
 
@@ -106,7 +91,7 @@ def test_each_family_answers_like_transformers(
     shape = {name: value for name, value in changes.items() if name != "max_model_len"}
     expected = [reference(checkpoint(family, **shape), prompt, 24) for prompt in asked]
     engine = build(family, **changes)
-    assert run(engine, [sequence(i, prompt, 24) for i, prompt in enumerate(asked)], chunk=32) == expected
+    assert answers_of(engine, asked, 24, Way(step_tokens=32)) == expected
 
 
 @pytest.fixture(scope="module")
@@ -116,56 +101,82 @@ def answers(checkpoint: Callable[..., Path]) -> list[tuple[tuple[int, ...], list
     return [(prompt, reference(checkpoint("Llama"), prompt, 16)) for prompt in asked]
 
 
-@pytest.mark.parametrize(
-    ("chunk", "join_every", "block_tokens"), [(16, 1, 16), (37, 2, 16), (128, 1, 32), (512, 3, 16)]
-)
-def test_chunks_and_batches_change_nothing(
-    chunk: int, join_every: int, block_tokens: int, answers: list[Any], build: Callable[..., Engine]
+WAYS = [
+    Way(step_tokens=16),
+    Way(step_tokens=37, join_every=2, lookahead=True),
+    Way(step_tokens=512, join_every=3),
+    Way(step_tokens=64, join_every=0, lookahead=True),
+    Way(step_tokens=128, join_every=0, ballast=1),
+    Way(step_tokens=100, ballast=2, lookahead=True),
+    Way(step_tokens=64, join_every=0, ballast=6, swap_blocks=200),
+    Way(step_tokens=48, ballast=4, swap_blocks=200, lookahead=True),
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("block_tokens", [16, 32])
+def test_chunks_batches_look_ahead_and_preemption_change_nothing(
+    way: Way, block_tokens: int, answers: list[Any], build: Callable[..., Engine]
 ) -> None:
-    engine = build(num_blocks=160, block_tokens=block_tokens)
-    sequences = [sequence(i, prompt, 16) for i, (prompt, _) in enumerate(answers)]
-    assert run(engine, sequences, chunk, join_every) == [answer for _, answer in answers]
+    engine = build(num_blocks=2560 // block_tokens, block_tokens=block_tokens)
+    sequences = [greedy(i, prompt, 16) for i, (prompt, _) in enumerate(answers)]
+    counts = run(engine, sequences, way)
+    assert [seq.tokens for seq in sequences] == [answer for _, answer in answers]
+    if way.ballast:
+        assert (counts.swapped if way.swap_blocks else counts.recomputed) > 0, "nothing was preempted"
+
+
+def test_one_sequence_alone_and_sixty_four_at_once_answer_alike(
+    answers: list[Any], build: Callable[..., Engine]
+) -> None:
+    engine = build(num_blocks=400)
+    asked = [answers[i % 16] for i in range(64)]
+    assert answers_of(engine, [prompt for prompt, _ in asked], 16, Way(step_tokens=512, join_every=0)) == [
+        answer for _, answer in asked
+    ]
+    for prompt, answer in answers[:4]:
+        assert answers_of(engine, [prompt], 16) == [answer]
 
 
 def test_a_cached_prefix_changes_nothing(answers: list[Any], build: Callable[..., Engine]) -> None:
     engine = build(num_blocks=160)
     for _ in range(2):
-        sequences = [sequence(i, prompt, 16) for i, (prompt, _) in enumerate(answers)]
-        assert run(engine, sequences, chunk=64) == [answer for _, answer in answers]
-    again = sequence(0, answers[15][0], 16)
-    assert engine.start(again, again.max_length) == 688  # of 700: full blocks, and at least one token is left
-    engine.finish(again)
+        found = answers_of(engine, [prompt for prompt, _ in answers], 16)
+        assert found == [answer for _, answer in answers]
+    again = greedy(0, answers[15][0], 16)
+    run(engine, [again])
+    assert again.cached_tokens == 688  # of 700: full blocks, and at least one token is left
 
 
 def test_the_next_turn_of_a_conversation_finds_the_answer_cached(
     checkpoint: Callable[..., Path], build: Callable[..., Engine]
 ) -> None:
     engine = build()
-    first = sequence(0, prompts(1, 60, seed=4)[0], 40)
-    run(engine, [first], chunk=64)
-    prompt = (*first.prompt, *first.tokens, 5, 6, 7)
-    second = sequence(1, prompt, 12)
-    cached = engine.start(second, second.max_length)
-    assert cached == (len(first.prompt) + 39) // 16 * 16  # the last token was never fed back
-    engine.finish(second)
-    assert run(engine, [sequence(2, prompt, 12)], chunk=64) == [reference(checkpoint("Llama"), prompt, 12)]
+    first = greedy(0, prompts(1, 60, seed=4)[0], 40)
+    run(engine, [first])
+    second = greedy(1, (*first.prompt, *first.tokens, 5, 6, 7), 12)
+    run(engine, [second])
+    assert second.cached_tokens == (len(first.prompt) + 39) // 16 * 16  # the last token was never fed back
+    assert second.tokens == reference(checkpoint("Llama"), second.prompt, 12)
 
 
-def test_kv_copied_into_another_engine_continues_the_answer(answers: list[Any], build: Callable[..., Engine]) -> None:
+def test_kv_that_landed_from_another_engine_continues_the_answer(
+    answers: list[Any], build: Callable[..., Engine]
+) -> None:
     prompt, expected = answers[13]
     source, reader = build(), build()
-    there = sequence(0, prompt, 16)
-    source.start(there, len(prompt))
+    there, here = greedy(0, prompt, 16), greedy(0, prompt, 16)
+    computing, landing = ContinuousBatch(source, policy("fcfs")), ContinuousBatch(reader, policy("fcfs"))
+    computing.add(there, goal=Goal.PROMPT)
+    landing.add(here, goal=Goal.LANDING)
     while not there.tokens:
-        source.step([(there, min(64, there.remaining))], [])
-    here = sequence(0, prompt, 16)
-    assert reader.start(here, here.max_length, whole_prompt=True) == 0
-    for mine, theirs in zip(here.blocks, there.blocks, strict=False):
+        computing.step(0.0)
+    landing.step(0.0)
+    for mine, theirs in zip(here.blocks, there.blocks, strict=True):
         reader.kv_cache.block_bytes_view[mine] = source.kv_cache.block_bytes_view[theirs]
-    reader.commit(here, len(prompt))
-    here.append(there.tokens[0])
-    while here.end_reason() is None:
-        reader.step([], [here])
+    landing.landed(here, there.tokens[0])
+    while landing.step(0.0) is not None:
+        pass
     assert here.tokens == expected
 
 
@@ -177,18 +188,15 @@ def expert_answers(request: Any, checkpoint: Callable[..., Path]) -> tuple[str, 
     return family, changes, [(prompt, reference(checkpoint(family, **changes), prompt, 16)) for prompt in asked]
 
 
-@pytest.mark.parametrize(("chunk", "join_every", "block_tokens"), [(16, 1, 16), (37, 2, 16), (512, 3, 32)])
-def test_experts_answer_the_same_in_chunks_in_batches_and_behind_a_cached_prefix(
-    chunk: int, join_every: int, block_tokens: int, expert_answers: Any, build: Callable[..., Engine]
+@pytest.mark.parametrize("way", [WAYS[0], WAYS[1], WAYS[4], WAYS[7]], ids=str)
+def test_experts_answer_the_same_in_chunks_in_batches_preempted_and_behind_a_cached_prefix(
+    way: Way, expert_answers: Any, build: Callable[..., Engine]
 ) -> None:
     family, changes, answers = expert_answers
-    engine = build(family, num_blocks=160, block_tokens=block_tokens, **changes)
-    for cached in (0, 499 // block_tokens * block_tokens):
-        again = sequence(0, answers[9][0], 16)
-        assert engine.start(again, again.max_length) == cached
-        engine.finish(again)
-        sequences = [sequence(i, prompt, 16) for i, (prompt, _) in enumerate(answers)]
-        assert run(engine, sequences, chunk, join_every) == [answer for _, answer in answers]
+    engine = build(family, num_blocks=160, **changes)
+    for _ in range(2):
+        found = answers_of(engine, [prompt for prompt, _ in answers], 16, way)
+        assert found == [answer for _, answer in answers]
 
 
 def test_experts_in_bfloat16_mostly_choose_the_same_first_token(
@@ -197,7 +205,7 @@ def test_experts_in_bfloat16_mostly_choose_the_same_first_token(
     family, changes, answers = expert_answers
     path = checkpoint(family, **changes)
     engine = Engine.build(path, torch.bfloat16, torch.device("cpu"), kv_bytes=1 << 21)
-    found = run(engine, [sequence(i, prompt, 1) for i, (prompt, _) in enumerate(answers)], chunk=64)
+    found = answers_of(engine, [prompt for prompt, _ in answers], 1)
     same = sum(first == expected[:1] for first, (_, expected) in zip(found, answers, strict=True))
     print(f"{same} of {len(answers)}")
     assert same >= 6  # of 10; where two experts nearly tie, rounding may take the other one
@@ -211,14 +219,9 @@ def test_a_sequence_replayed_with_its_tokens_continues_the_same(
     answers: list[Any], build: Callable[..., Engine]
 ) -> None:
     prompt, expected = answers[0]
-    engine = build()
-    replayed = sequence(0, prompt, 16)
-    for token in expected[:9]:
-        replayed.append(token)
-    engine.start(replayed, replayed.max_length)
-    engine.step([(replayed, replayed.remaining)], [])
-    while replayed.end_reason() is None:
-        engine.step([], [replayed])
+    replayed = greedy(0, prompt, 16)
+    replayed.tokens += expected[:9]
+    run(build(), [replayed])
     assert replayed.tokens == expected
 
 
@@ -228,6 +231,6 @@ def test_the_references_answers_are_not_one_token_repeated(answers: list[Any]) -
 
 def test_bfloat16_mostly_chooses_the_same_first_token(checkpoint: Callable[..., Path], answers: list[Any]) -> None:
     engine = Engine.build(checkpoint("Llama"), torch.bfloat16, torch.device("cpu"), kv_bytes=1 << 21)
-    found = run(engine, [sequence(i, prompt, 1) for i, (prompt, _) in enumerate(answers)], chunk=64)
+    found = answers_of(engine, [prompt for prompt, _ in answers], 1)
     same = sum(first == expected[:1] for first, (_, expected) in zip(found, answers, strict=True))
     assert same >= 12  # of 16; random weights have close seconds

@@ -19,6 +19,7 @@ def test_equal_geometries_may_exchange() -> None:
     "change",
     [
         {"num_layers": 3},
+        {"first_layer": 16},
         {"num_kv_heads": 2},
         {"head_size": 32},
         {"block_tokens": 32},

@@ -62,9 +62,14 @@ def test_a_worker_adds_its_reports_up_and_shows_the_latest_gauges() -> None:
         cached_blocks=20,
         held_blocks=10,
         lent_blocks=5,
+        preempted_swap=1,
+        preempted_recompute=2,
+        swap_bytes=1000,
+        unused_slots=7,
     )
     worker.observe(report)
     worker.observe(report)
+    assert value(worker.registry, names.WORKER_UNUSED_SLOTS) == 7
     worker.observe(Report(load=Load(running=1, free_blocks=100, total_blocks=100)))
     registry = worker.registry
     assert value(registry, names.WORKER_STEPS) == 4
@@ -73,6 +78,10 @@ def test_a_worker_adds_its_reports_up_and_shows_the_latest_gauges() -> None:
     assert value(registry, names.WORKER_TOKENS, kind="sampled") == 8
     assert value(registry, names.WORKER_TOKENS, kind="prefill") == 100
     assert value(registry, names.WORKER_TOKENS, kind="cached") == 32
+    assert value(registry, names.WORKER_PREEMPTIONS, kind="swap") == 2
+    assert value(registry, names.WORKER_PREEMPTIONS, kind="recompute") == 4
+    assert value(registry, names.WORKER_SWAP_BYTES) == 2000
+    assert value(registry, names.WORKER_UNUSED_SLOTS) == 0
     assert value(registry, names.WORKER_TRANSFERS) == 4
     assert value(registry, names.WORKER_TRANSFER_BYTES) == 6_000_000_000
     assert value(registry, names.WORKER_TRANSFER_SECONDS) == 3

@@ -18,9 +18,9 @@ from baton.router.placement import Need, Placement
 from baton.router.records import Message, Record, Records
 from baton.router.relay import Relay
 from baton.router.telemetry import Telemetry
-from baton.router.validation import ModelLimits
 from baton.router.workers import Listener, News, Seats
 from baton.text.generation_config import GenerationDefaults
+from baton.text.settling import ModelLimits
 from baton.text.tokenizer import Tokenizer
 
 EOS = 0
@@ -95,6 +95,7 @@ class FakeSeat:
             token_ids=tuple(ids),
             logprobs=() if wanted is None else (entry,) * len(ids),
             cached_tokens=cached,
+            prompt_logprobs=of_prompt(self.request) if first == 0 else (),
         )
         self.tell(News(tokens=(said,), ended=end and Ended(sequence_id=name, reason=end)))
 
@@ -104,9 +105,20 @@ class FakeSeat:
         self.tell(News(ended=Ended(sequence_id=name, reason=reason, error_code=code, error_message=message)))
 
 
+def of_prompt(request: Request) -> tuple[TokenLogprobs | None, ...]:
+    """-1, -2 ... for each token but the first, which is also the best."""
+    wanted = request.sampling.prompt_logprobs
+    if wanted is None:
+        return ()
+    tokens = enumerate(request.prompt[1:], 1)
+    return (None, *(TokenLogprobs(-float(at), ((token, -float(at)),) * min(wanted, 1)) for at, token in tokens))
+
+
 @dataclass(eq=False)
 class FakeWorkers:
     """Gives everybody seats on "prefill" and "decode"; `on_admit` may answer at once or later."""
+
+    alone: bool = False  # one worker that is both takes the place of the two
 
     on_admit: Callable[[FakeSeat], None] = lambda seat: None
     prefills: list[FakeSeat] = field(default_factory=list)
@@ -124,7 +136,7 @@ class FakeWorkers:
         prefill = FakeSeat(self, WorkerId("prefill"))
         self.prefills.append(prefill)
         decode = None
-        if need.decodes:
+        if need.decodes and not self.alone:
             decode = FakeSeat(self, WorkerId("decode"))
             self.decodes.append(decode)
         placed = Placement(prefill=prefill.worker_id, decode=decode and decode.worker_id, reason="the only ones")

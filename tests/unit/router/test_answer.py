@@ -1,5 +1,6 @@
 """Ordering: whatever comes in whatever order, each token is given on once."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from baton.core.errors import WorkerLost
 from baton.core.ids import SequenceId
-from baton.core.request import FinishReason, Sampling, SequenceTokens
+from baton.core.request import FinishReason, PromptLogprob, Sampling, SequenceTokens, TokenLogprobs
 from baton.router.answer import Answer
 from baton.router.records import Delta
 from baton.text.streaming import AnswerText
@@ -58,6 +59,49 @@ def test_a_gap_holds_back_what_follows(tokenizer: Tokenizer) -> None:
     answer.take([said(0, [4], cached=16)], None)
     assert [delta.token_ids for delta in given_on] == [(4, 5, 6)]
     assert answer.cached_tokens == 16
+
+
+def test_tokens_of_columns_are_given_on_with_those_that_came_by_name(tokenizer: Tokenizer) -> None:
+    answer, given_on = an_answer(tokenizer)
+    answer.take([], None, [(2, 6), (1, 5)])
+    assert not given_on
+    answer.take([said(0, [4], cached=16)], None, [(3, 7)])
+    answer.take([], FinishReason.LENGTH, [(3, 7), (4, 8)])
+    assert [delta.token_ids for delta in given_on] == [(4, 5, 6, 7), (8,)]
+    assert given_on[-1].finish is FinishReason.LENGTH
+
+
+def test_a_second_try_that_contradicts_in_a_column_is_an_error(tokenizer: Tokenizer) -> None:
+    answer, _ = an_answer(tokenizer)
+    answer.take([said(0, [4, 5])], None)
+    answer.restart()
+    with pytest.raises(WorkerLost, match="exactly"):
+        answer.take([], None, [(1, 7)])
+
+
+OF_PROMPT = (None, TokenLogprobs(-0.5, ((8, -0.1), (7, -0.5))))
+GIVEN_OF_PROMPT = (
+    PromptLogprob(token_id=6, logprob=None),
+    PromptLogprob(token_id=7, logprob=-0.5, top=((8, -0.1), (7, -0.5))),
+)
+
+
+def test_log_probabilities_of_the_prompt_come_with_the_first_token_and_only_once(tokenizer: Tokenizer) -> None:
+    given_on: list[Delta] = []
+    answer = Answer(Sampling(max_tokens=9, prompt_logprobs=2), AnswerText(tokenizer), given_on.append, prompt=(6, 7))
+    first = replace(said(0, [4]), prompt_logprobs=OF_PROMPT)
+    answer.take([], None, [(1, 5)])
+    answer.take([first], None)
+    answer.restart()
+    answer.take([first], None, [(1, 5), (2, 6)])
+    assert [delta.token_ids for delta in given_on] == [(4, 5), (6,)]
+    assert [delta.prompt_logprobs for delta in given_on] == [GIVEN_OF_PROMPT, ()]
+
+
+def test_log_probabilities_of_another_prompt_are_not_believed(tokenizer: Tokenizer) -> None:
+    answer = Answer(Sampling(max_tokens=9, prompt_logprobs=2), AnswerText(tokenizer), lambda _: None, prompt=(6,))
+    with pytest.raises(WorkerLost, match="prompt"):
+        answer.take([replace(said(0, [4]), prompt_logprobs=OF_PROMPT)], None)
 
 
 def test_an_end_before_the_first_token_is_an_error(tokenizer: Tokenizer) -> None:

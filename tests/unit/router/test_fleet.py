@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from baton.core.errors import Overloaded, Unavailable
-from baton.core.frames import Command, HandOver, Release, TicketGranted, WorkerFrame
+from baton.core.frames import Command, HandOver, Release, StepTokens, TicketGranted, WorkerFrame
 from baton.core.ids import Epoch, SequenceId, WorkerId
 from baton.core.request import Ended, EndReason, Load, Request, Sampling, SequenceTokens
 from baton.router.fleet import Fleet
 from baton.router.placement import Need, Role
+from baton.router.seats import MAX_NUMBER, Member, TakenSeat
 from baton.router.workers import News, Seats
 from baton.wire.registry import WorkerRecord
 
@@ -79,7 +80,7 @@ def a_record(name: str, role: str, epoch: int = 1, **fields: Any) -> WorkerRecor
     return WorkerRecord(worker_id=WorkerId(name), epoch=Epoch(epoch), role=role, **values)
 
 
-P, D = a_record("p", "prefill"), a_record("d", "decode")
+P, D, B = a_record("p", "prefill"), a_record("d", "decode"), a_record("b", "both")
 
 
 async def a_yard(**options: Any) -> Yard:
@@ -167,6 +168,78 @@ async def test_a_frame_reaches_its_listener_whole_and_at_once() -> None:
     yard.lines["d.1"].on_frame(WorkerFrame(tokens=(tokens, other), ended=(end,)))
     assert decode == [News(tokens=(tokens,), ended=end)]
     assert not prefill
+
+
+async def test_columns_reach_each_sequence_by_its_number() -> None:
+    yard = await a_yard()
+    heard = [admit(await yard.fleet.seats(NEED), name)[1] for name in ("r/0", "s/0")]
+    line = yard.lines["d.1"]
+    one, other = [command.number for command in line.sent if isinstance(command, Request)]
+    assert one != other
+    assert 0 not in (one, other)
+    step = StepTokens(numbers=(one, other, 99, one), positions=(1, 1, 5, 2), token_ids=(5, 6, 7, 8))
+    end = Ended(sequence_id=SequenceId("r/0"), reason=EndReason.STOP)
+    line.on_frame(WorkerFrame(step=step, ended=(end,)))
+    assert heard == [[News(plain=[(1, 5), (2, 8)], ended=end)], [News(plain=[(1, 6)])]]
+    line.on_frame(WorkerFrame(step=StepTokens(numbers=(one, other), positions=(3, 2), token_ids=(1, 2))))
+    assert heard[0][1:] == [], "it has ended"
+    assert heard[1][1:] == [News(plain=[(2, 2)])]
+
+
+async def test_tokens_of_a_released_sequence_never_reach_the_one_that_comes_after_it() -> None:
+    yard = await a_yard()
+    seats = await yard.fleet.seats(NEED)
+    admit(seats)
+    seats.release()
+    _, heard = admit(await yard.fleet.seats(NEED))
+    line = yard.lines["d.1"]
+    before, after = [command.number for command in line.sent if isinstance(command, Request)]
+    line.on_frame(WorkerFrame(step=StepTokens(numbers=(before, after), positions=(7, 1), token_ids=(1, 2))))
+    assert heard == [News(plain=[(1, 2)])]
+
+
+def test_numbers_are_never_0_nor_taken_twice_when_they_begin_again() -> None:
+    member = Member(P, lambda: None, last_number=MAX_NUMBER - 1)
+    member.by_number[1] = TakenSeat(member, NEED)
+    assert [member.next_number() for _ in range(3)] == [MAX_NUMBER, 2, 3]
+
+
+async def test_a_token_in_a_column_shows_that_the_worker_has_counted_the_sequence() -> None:
+    yard = Yard()
+    await yard.list(B)
+    seats = await yard.fleet.seats(NEED)
+    seats.prefill.admit(a_request(), lambda news: None)
+    line = yard.lines["b.1"]
+    line.load(free_blocks=7)
+    assert free(yard, Role.BOTH) == 5, "a load from before the worker knew"
+    line.on_frame(
+        WorkerFrame(
+            step=StepTokens(numbers=(1,), positions=(0,), token_ids=(5,)), load=Load(free_blocks=7, total_blocks=8)
+        )
+    )
+    assert free(yard, Role.BOTH) == 7
+
+
+async def test_a_worker_that_is_both_makes_the_model_ready_and_takes_a_sequence_alone() -> None:
+    yard = Yard()
+    await yard.list(B)
+    assert yard.fleet.ready
+    assert yard.fleet.linked(Role.BOTH) == 1
+    seats = await yard.fleet.seats(NEED)
+    assert seats.decode is None
+    assert free(yard, Role.BOTH) == 6, "prompt and the answer's beginning are claimed"
+    assert [view.waiting_tokens for view in yard.fleet.views()] == [16]
+    seats.release()
+    yard.lines["b.1"].load(draining=True)
+    assert not yard.fleet.ready
+
+
+async def test_of_a_long_answer_only_the_beginning_is_claimed() -> None:
+    yard = Yard()
+    await yard.list(a_record("p", "prefill", num_blocks=100), a_record("d", "decode", num_blocks=100))
+    await yard.fleet.seats(Need(prompt_tokens=16, max_tokens=1000))
+    assert free(yard) == 95
+    assert free(yard, Role.PREFILL) == 99
 
 
 async def test_a_release_is_sent_once_and_only_to_who_still_has_the_sequence() -> None:

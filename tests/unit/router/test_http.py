@@ -9,6 +9,7 @@ import pytest
 
 from baton.core.request import EndReason
 from baton.router.http import HttpDoor, build_app
+from baton.router.tenants import tenant_of
 from baton.router.workers import News
 from baton.text.tokenizer import Tokenizer
 
@@ -146,6 +147,36 @@ async def test_logprobs_of_a_text_streamed_and_whole(client: httpx.AsyncClient) 
     assert [at for chunk in chunks for at in chunk["choices"][0]["logprobs"]["text_offset"]] == [0, 1, 2]
 
 
+async def test_log_probabilities_of_the_prompt_of_a_text_streamed_and_whole(
+    bench: Bench, client: httpx.AsyncClient
+) -> None:
+    asked = {"prompt": "abc", "prompt_logprobs": 1, "max_tokens": 3}
+    whole = (await client.post(TEXT, json=asked)).json()["choices"][0]["prompt_logprobs"]
+    second, third = map(str, bench.tokenizer.encode("bc"))
+    assert whole == [
+        None,
+        {second: {"logprob": -1.0, "rank": 1, "decoded_token": "b"}},
+        {third: {"logprob": -2.0, "rank": 1, "decoded_token": "c"}},
+    ]
+    chunks = events(await client.post(TEXT, json={**asked, "stream": True}))
+    assert [chunk["choices"][0]["prompt_logprobs"] for chunk in chunks] == [whole] + [None] * (len(chunks) - 1)
+    own_alone = (await client.post(TEXT, json={**asked, "prompt_logprobs": 0})).json()["choices"][0]
+    assert own_alone["prompt_logprobs"][1] == {second: {"logprob": -1.0, "rank": None, "decoded_token": "b"}}
+    assert "prompt_logprobs" not in (await client.post(TEXT, json={"prompt": "abc"})).json()["choices"][0]
+
+
+async def test_priority_and_the_key_s_tenant_reach_the_workers(bench: Bench) -> None:
+    bench.workers.on_admit = answers_with(b"hello", bench.tokenizer)
+    key = {"authorization": "Bearer k"}
+    await a_client(bench, api_keys=["k"]).post(TEXT, json={"prompt": "a", "priority": 9}, headers=key)
+    await a_client(bench).post(TEXT, json={"prompt": "a"}, headers=key)
+    sent = [seat.request for seat in bench.workers.prefills]
+    assert [request and (request.priority, request.tenant) for request in sent] == [
+        (9, tenant_of("Bearer k")),
+        (0, ""),
+    ], "without keys nobody has looked at it, and it says nothing"
+
+
 async def test_sampling_reaches_the_workers(bench: Bench, client: httpx.AsyncClient) -> None:
     fields = {"temperature": 0.5, "top_p": 0.25, "top_k": 3, "min_p": 0.125, "seed": -1, "max_tokens": 4}
     await client.post(CHAT, json={**HI, **fields})
@@ -185,6 +216,7 @@ UNSUPPORTED: list[tuple[str, object]] = [
     ("include_stop_str_in_output", True),
     ("truncate_prompt_tokens", 4),
     ("allowed_token_ids", [1]),
+    ("prompt_logprobs", 1),
 ]
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.core.ids import WorkerId
-from baton.router.placement import Need, NoPlace, Placement, Role, WorkerView, place
+from baton.router.placement import PREDICTED_TOKENS, Need, NoPlace, Placement, Role, WorkerView, place
 
 NEED = Need(prompt_tokens=100, max_tokens=28)
 
@@ -21,6 +21,10 @@ def prefill(name: str = "p", **fields: Any) -> WorkerView:
 
 def decode(name: str = "d", **fields: Any) -> WorkerView:
     return view(name, Role.DECODE, **fields)
+
+
+def both(name: str = "b", **fields: Any) -> WorkerView:
+    return view(name, Role.BOTH, **fields)
 
 
 def placed(*workers: WorkerView, need: Need = NEED) -> Placement:
@@ -47,9 +51,64 @@ def test_of_equally_busy_decode_workers_the_emptier_one_is_taken() -> None:
     assert placed(prefill(), decode("a", free_blocks=50), decode("b", free_blocks=60)).decode == "b"
 
 
-def test_a_decode_worker_must_hold_prompt_and_answer() -> None:
+def test_a_decode_worker_must_hold_prompt_and_a_short_answer() -> None:
     assert placed(prefill(), decode("a", free_blocks=7), decode("b", free_blocks=8, sequences=9)).decode == "b"
     assert refused(prefill(), decode(free_blocks=7)).full
+
+
+def test_of_a_long_answer_only_the_beginning_must_find_blocks_free() -> None:
+    need = Need(prompt_tokens=100, max_tokens=1000)  # 69 blocks in all, 11 with its first 64 tokens
+    assert placed(prefill(), decode(free_blocks=11), need=need).decode == "d"
+    found = refused(prefill(), decode(free_blocks=10), need=need)
+    assert found.full
+    assert "11 blocks" in found.reason
+    assert placed(both(free_blocks=11), need=need).prefill == "b"
+    assert refused(both(free_blocks=10), need=need).full
+
+
+def test_a_worker_that_is_both_takes_a_sequence_alone() -> None:
+    found = placed(both())
+    assert (found.prefill, found.decode) == ("b", None)
+    assert "both" in found.reason
+
+
+def test_of_workers_that_are_both_the_least_loaded_with_room_is_taken() -> None:
+    busy, ahead = both("a", sequences=6), both("c", waiting_tokens=5)
+    assert placed(busy, ahead, both("d", free_blocks=7)).prefill == "c"
+
+
+@pytest.mark.parametrize(
+    ("tokens_ahead", "beside", "alone_ahead", "alone_beside", "chosen"),
+    [(0, 0, 0, 0, "p"), (5, 2, 0, 7, "p"), (5, 2, 0, 6, "b"), (500, 0, 20, 64, "b"), (0, 64, 512, 0, "p")],
+)
+def test_between_a_pair_and_a_single_worker_tokens_ahead_and_sequences_decide(
+    tokens_ahead: int, beside: int, alone_ahead: int, alone_beside: int, chosen: str
+) -> None:
+    found = placed(
+        prefill(waiting_tokens=tokens_ahead),
+        decode(sequences=beside),
+        both(waiting_tokens=alone_ahead, sequences=alone_beside),
+    )
+    assert found.prefill == chosen
+    assert (found.decode is None) == (chosen == "b")
+
+
+def test_a_pair_that_has_no_room_leaves_the_single_worker_and_the_other_way_round() -> None:
+    assert placed(prefill(), decode(free_blocks=7), both(sequences=99)).prefill == "b"
+    assert placed(prefill(waiting_tokens=9999), decode(), both(free_blocks=7)).decode == "d"
+    assert refused(prefill(), decode(free_blocks=7), both(total_blocks=7, free_blocks=7)).full
+
+
+def test_half_a_pair_does_not_keep_a_single_worker_from_work() -> None:
+    assert placed(prefill(), both()).prefill == "b"
+    assert placed(decode(), both()).prefill == "b"
+
+
+def test_a_single_worker_that_failed_before_is_passed_over_for_a_pair() -> None:
+    need = Need(prompt_tokens=5, max_tokens=5, avoid=frozenset({WorkerId("b")}))
+    assert placed(prefill(waiting_tokens=500), decode(), both(), need=need).decode == "d"
+    need = Need(prompt_tokens=5, max_tokens=5, avoid=frozenset({WorkerId("d")}))
+    assert placed(prefill(), decode(), both(waiting_tokens=500), need=need).prefill == "b"
 
 
 def test_what_fits_no_pool_at_all_is_not_worth_waiting_for() -> None:
@@ -59,16 +118,27 @@ def test_what_fits_no_pool_at_all_is_not_worth_waiting_for() -> None:
 
 @pytest.mark.parametrize(
     "workers",
-    [[], [prefill()], [decode()], [prefill(draining=True), decode()], [prefill(), decode(draining=True)]],
+    [
+        [],
+        [prefill()],
+        [decode()],
+        [prefill(draining=True), decode()],
+        [prefill(), decode(draining=True)],
+        [prefill(), both(draining=True)],
+    ],
 )
-def test_both_kinds_of_worker_are_needed(workers: list[WorkerView]) -> None:
+def test_both_kinds_of_worker_are_needed_or_one_that_is_both(workers: list[WorkerView]) -> None:
     reason = refused(*workers)
     assert "worker" in reason.reason
+    assert "role both" in reason.reason
     assert not reason.full
 
 
 def test_one_token_needs_no_decode_worker() -> None:
-    assert placed(prefill(), need=Need(prompt_tokens=5, max_tokens=1)).decode is None
+    one = Need(prompt_tokens=5, max_tokens=1)
+    assert placed(prefill(), need=one).decode is None
+    assert placed(prefill(waiting_tokens=7), both(free_blocks=0), need=one).prefill == "b"
+    assert "prefill" in refused(decode(), need=one).reason
 
 
 def test_workers_of_different_models_are_no_pair() -> None:
@@ -109,13 +179,19 @@ def test_a_placement_is_always_one_that_can_work(workers: list[WorkerView], prom
         return
     by_id = {worker.worker_id: worker for worker in workers}
     source = by_id[found.prefill]
-    assert source.role is Role.PREFILL
+    assert source.role is not Role.DECODE
     assert not source.draining
+    assert source.total_blocks * 16 >= prompt
     if found.decode is None:
-        assert max_tokens == 1
+        assert max_tokens == 1 or source.role is Role.BOTH
+        if max_tokens > 1:
+            assert source.free_blocks * 16 >= prompt + min(max_tokens - 1, PREDICTED_TOKENS)
+            assert source.total_blocks * 16 >= prompt + max_tokens - 1
         return
+    assert source.role is Role.PREFILL
     reader = by_id[found.decode]
     assert reader.role is Role.DECODE
     assert not reader.draining
     assert reader.fingerprint == source.fingerprint
-    assert reader.free_blocks * 16 >= prompt + max_tokens - 1
+    assert reader.free_blocks * 16 >= prompt + min(max_tokens - 1, PREDICTED_TOKENS)
+    assert reader.total_blocks * 16 >= prompt + max_tokens - 1

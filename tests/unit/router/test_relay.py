@@ -1,6 +1,7 @@
 """A request's life: however it goes, it ends once and leaves no seat taken."""
 
 import asyncio
+import re
 from typing import Any
 
 import pytest
@@ -22,11 +23,13 @@ from baton.core.ids import SequenceId
 from baton.core.request import Ended, EndReason, FinishReason
 from baton.router import relay as relay_module
 from baton.router.records import Message, Record
+from baton.router.tenants import tenant_of
+from baton.router.validation import ModelLimits
 from baton.router.workers import News
 from baton.text.tokenizer import Tokenizer
 from baton.v1 import inference_pb2 as pb
 
-from .fakes import Bench, FakeSeat, a_ticket, answers_with, read_all, turns
+from .fakes import Bench, FakeSeat, a_ticket, answers_with, read_all, turns, until
 
 
 def a_request(**sampling: Any) -> pb.GenerateRequest:
@@ -72,6 +75,81 @@ async def test_both_workers_get_the_same_sequence_with_the_trace_and_what_is_lef
     assert record.course.trace_id in request.traceparent
     assert request.timeout_s is not None
     assert 0 < request.timeout_s <= 5.0
+
+
+async def test_one_worker_that_is_both_gives_the_whole_answer(bench: Bench) -> None:
+    bench.workers.alone = True
+    record = submit(bench, a_request(max_tokens=4))
+    with record.attached() as reader:
+        await turns()
+        (seat,) = bench.workers.prefills
+        seat.tokens(0, [5], cached=2)
+        seat.tell(News(plain=[(1, 6), (2, 7)]))
+        await turns()
+        assert not record.ended
+        seat.tell(News(plain=[(3, 8)], ended=Ended(sequence_id=SequenceId("r/0"), reason=EndReason.LENGTH)))
+        messages = [message async for message in reader.messages()]
+    assert [token for message in messages for output in message.outputs for token in output.token_ids] == [5, 6, 7, 8]
+    assert finishes(messages) == [FinishReason.LENGTH]
+    assert (record.course.prefill_worker, record.course.decode_worker) == ("prefill", "")
+    assert record.course.cached_tokens == 2
+    bench.workers.assert_all_released()
+
+
+async def test_a_lost_worker_that_is_both_is_replaced_and_nothing_is_given_twice(bench: Bench) -> None:
+    bench.workers.alone = True
+    record = submit(bench, a_request(max_tokens=3))
+    with record.attached() as reader:
+        await turns()
+        bench.workers.prefills[0].tokens(0, [5, 6])
+        bench.workers.prefills[0].tell(News(lost=True))
+        await until(lambda: len(bench.workers.prefills) == 2)
+        bench.workers.prefills[1].tokens(0, [5, 6, 7], EndReason.LENGTH)
+        messages = [message async for message in reader.messages()]
+    assert [token for message in messages for output in message.outputs for token in output.token_ids] == [5, 6, 7]
+    assert bench.workers.needs[1].avoid == {"prefill"}
+    bench.workers.assert_all_released()
+
+
+async def test_log_probabilities_of_the_prompt_are_on_each_answer_s_first_message(bench: Bench) -> None:
+    bench.workers.on_admit = answers_with(b"hey", bench.tokenizer)
+    record = submit(bench, a_request(n=2, prompt_logprobs=1, max_tokens=4))
+    messages = await read_all(record)
+    for index in range(2):
+        outputs = [output for message in messages for output in message.outputs if output.index == index]
+        assert [(entry.token_id, entry.logprob) for entry in outputs[0].prompt_logprobs] == [
+            (5, None),
+            (6, -1),
+            (7, -2),
+        ]
+        assert not any(output.prompt_logprobs for output in outputs[1:])
+    assert not any(output.prompt_logprobs for message in await read_all(record, 8) for output in message.outputs)
+
+
+async def test_more_log_probabilities_of_a_prompt_than_a_message_holds_are_refused(bench: Bench) -> None:
+    bench.relay.limits = lambda: ModelLimits(name="m", max_model_len=10_000, vocab_size=257)
+    request = a_request(n=2, prompt_logprobs=15, max_tokens=4)
+    request.token_ids.ids[:] = [5] * 4097
+    with pytest.raises(InvalidRequest, match="131072"):
+        await read_all(submit(bench, request))
+
+
+async def test_priority_and_tenant_reach_the_workers(bench: Bench) -> None:
+    request = a_request()
+    request.priority = -7
+    record = bench.inference.submit(request, None, "", "somebody").record
+    with record.attached():
+        await turns()
+        for seat in (*bench.workers.prefills, *bench.workers.decodes):
+            assert seat.request
+            assert (seat.request.priority, seat.request.tenant, seat.request.salt) == (-7, "somebody", "")
+
+
+def test_a_tenant_is_a_digest_of_its_key() -> None:
+    assert tenant_of("Bearer key") == tenant_of("bearer key")
+    assert tenant_of("Bearer key") != tenant_of("Bearer other")
+    assert re.fullmatch("[0-9a-f]{16}", tenant_of("Bearer key"))
+    assert tenant_of("") == tenant_of("Bearer ") == ""
 
 
 async def test_a_single_token_is_prefill_s_alone(bench: Bench) -> None:

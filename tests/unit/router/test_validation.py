@@ -9,8 +9,9 @@ import pytest
 
 from baton.core.errors import BatonError, ContextExceeded, InvalidRequest
 from baton.core.request import Sampling
-from baton.router.validation import Draft, ModelLimits, check_request_id, draft, settle
+from baton.router.validation import Draft, check_request_id, draft
 from baton.text.generation_config import GenerationDefaults
+from baton.text.settling import ModelLimits, settle
 from baton.v1 import inference_pb2 as pb
 from baton.wire.interceptors import STATUS
 
@@ -146,6 +147,14 @@ CASES: list[tuple[str, pb.GenerateRequest, grpc.StatusCode | None]] = [
     *[
         (f"stop_token_ids {token}", sampling(stop_token_ids=[token]), OK if token < VOCAB else INVALID)
         for token in (0, VOCAB - 1, VOCAB, VOCAB + 1, U32)
+    ],
+    *[
+        (f"prompt_logprobs {k}", sampling(prompt_logprobs=k), OK if k <= 20 else INVALID)
+        for k in (0, 1, 19, 20, 21, 4096, U32)
+    ],
+    *[
+        (f"priority {p}", pb.GenerateRequest(text="a", priority=p), OK if -100 <= p <= 100 else INVALID)
+        for p in (-(2**31), -101, -100, 0, 100, 101, 2**31 - 1)
     ],
     *[(f"logprobs {k}", sampling(logprobs=k), OK if k <= 20 else INVALID) for k in (0, 1, 19, 20, 21, 4096, U32)],
     ("ignore_eos", sampling(ignore_eos=True), OK),

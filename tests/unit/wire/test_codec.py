@@ -23,7 +23,7 @@ from baton.core.request import (
 )
 from baton.core.tickets import Geometry, Ticket
 from baton.v1 import kv_pb2, link_pb2, report_pb2, worker_pb2
-from baton.wire import bounds, codec, worker_codec
+from baton.wire import bounds, codec, request_codec, worker_codec
 
 U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
@@ -55,6 +55,7 @@ SAMPLINGS = st.builds(
     frequency_penalty=floats32(-2, 2),
     logit_bias=st.dictionaries(TOKENS, floats32(-100, 100), max_size=8).map(lambda bias: tuple(sorted(bias.items()))),
     min_tokens=st.integers(0, 1),
+    prompt_logprobs=st.none() | st.integers(0, 20),
 )
 REQUESTS = st.builds(
     Request,
@@ -64,6 +65,9 @@ REQUESTS = st.builds(
     timeout_s=st.none() | st.integers(1, bounds.MAX_TIMEOUT_MS).map(lambda ms: ms / 1000),
     traceparent=TEXTS.filter(lambda text: len(text.encode()) <= bounds.MAX_ID_BYTES),
     salt=IDS | st.just(""),
+    priority=st.integers(-100, 100),
+    tenant=IDS | st.just(""),
+    number=U32,
 )
 GEOMETRIES = st.builds(
     Geometry,
@@ -73,6 +77,7 @@ GEOMETRIES = st.builds(
     block_tokens=st.integers(1, 256),
     dtype=st.sampled_from(codec.DTYPES),
     fingerprint=IDS,
+    first_layer=st.integers(0, 200),
 )
 TICKETS = st.builds(
     Ticket,
@@ -107,7 +112,15 @@ def sequence_tokens(draw: st.DrawFn) -> SequenceTokens:
         token_ids=token_ids,
         logprobs=tuple(draw(LOGPROBS) for _ in range(logprobs)),
         cached_tokens=draw(U32),
+        prompt_logprobs=tuple(draw(st.lists(st.none() | LOGPROBS, max_size=3))),
     )
+
+
+@st.composite
+def step_tokens(draw: st.DrawFn) -> f.StepTokens:
+    rows = draw(st.lists(st.tuples(st.integers(1, bounds.MAX_NUMBER), TOKENS, TOKENS), max_size=6))
+    numbers, positions, token_ids = (tuple(row[column] for row in rows) for column in range(3))
+    return f.StepTokens(numbers=numbers, positions=positions, token_ids=token_ids)
 
 
 ENDS = st.one_of(
@@ -126,12 +139,14 @@ FRAMES = st.builds(
     tokens=st.lists(sequence_tokens(), max_size=3).map(tuple),
     ended=st.lists(ENDS, max_size=3).map(tuple),
     load=st.none() | LOADS,
+    step=st.none() | step_tokens(),
 )
 HOLDERS = st.builds(
     f.Holder,
     sequence_id=SEQUENCES,
     state=IDS,
     block_ids=st.lists(st.integers(0, bounds.MAX_BLOCKS).map(BlockId), max_size=9).map(tuple),
+    tokens=U32,
 )
 LEDGERS = st.builds(
     f.LedgerDump,
@@ -143,6 +158,8 @@ LEDGERS = st.builds(
     holders=st.lists(HOLDERS, max_size=3).map(tuple),
     violations=st.lists(TEXTS, max_size=3).map(tuple),
     transport_objects=U32,
+    pinned_blocks=U32,
+    unused_slots=U64,
 )
 STATUSES = st.builds(
     f.WorkerStatus,
@@ -187,6 +204,10 @@ def reports(draw: st.DrawFn) -> f.Report:
         cached_blocks=draw(U32),
         held_blocks=draw(U32),
         lent_blocks=draw(U32),
+        preempted_swap=draw(U64),
+        preempted_recompute=draw(U64),
+        swap_bytes=draw(U64),
+        unused_slots=draw(U64),
     )
 
 
@@ -239,6 +260,7 @@ SAMPLES: list[bytes] = [
     codec.frame_to_bytes(
         f.WorkerFrame(
             tokens=(SequenceTokens(sequence_id=SequenceId("r/0"), first_position=0, token_ids=(7,)),),
+            step=f.StepTokens(numbers=(1, 300), positions=(4, 5), token_ids=(6, 70000)),
             ended=(Ended(sequence_id=SequenceId("r/0"), reason=EndReason.FAILED, error_code="Overloaded"),),
             load=Load(running=3),
         )
@@ -304,6 +326,11 @@ def a_ticket(**changes: object) -> kv_pb2.Ticket:
         an_admit(sampling=link_pb2.Sampling(top_p=1.5)),
         an_admit(sampling=link_pb2.Sampling(min_p=-0.5)),
         an_admit(sampling=link_pb2.Sampling(logprobs=21)),
+        an_admit(sampling=link_pb2.Sampling(prompt_logprobs=21)),
+        an_admit(prompt=[1] * 2**16, sampling=link_pb2.Sampling(prompt_logprobs=1)),
+        an_admit(priority=101),
+        an_admit(priority=-101),
+        an_admit(tenant="x" * 201),
         an_admit(sampling=link_pb2.Sampling(repetition_penalty=0)),
         an_admit(sampling=link_pb2.Sampling(repetition_penalty=-1)),
         an_admit(sampling=link_pb2.Sampling(repetition_penalty=math.nan)),
@@ -322,13 +349,13 @@ def a_ticket(**changes: object) -> kv_pb2.Ticket:
     ],
 )
 def test_an_admit_out_of_bounds_is_refused(message: link_pb2.Admit) -> None:
-    codec.decode_admit(an_admit())
+    request_codec.decode_admit(an_admit())
     with pytest.raises(InvalidRequest):
-        codec.decode_admit(message)
+        request_codec.decode_admit(message)
 
 
 def test_a_router_that_knows_no_repetition_penalty_asks_for_none() -> None:
-    assert codec.decode_admit(an_admit()).sampling.repetition_penalty == 1.0
+    assert request_codec.decode_admit(an_admit()).sampling.repetition_penalty == 1.0
 
 
 @pytest.mark.parametrize(
@@ -344,6 +371,7 @@ def test_a_router_that_knows_no_repetition_penalty_asks_for_none() -> None:
         a_ticket(inbox="a\0"),
         a_ticket(geometry=kv_pb2.Geometry(dtype="int4")),
         a_ticket(geometry=kv_pb2.Geometry(num_layers=2**20)),
+        a_ticket(geometry=kv_pb2.Geometry(first_layer=2**20)),
         kv_pb2.Ticket(ticket_id="t", worker_id="w", inbox="i"),
     ],
 )
@@ -374,6 +402,21 @@ def test_a_ticket_out_of_bounds_is_refused(message: kv_pb2.Ticket) -> None:
             ]
         ),
         link_pb2.ConnectResponse(tokens=[link_pb2.SequenceTokens(sequence_id="r")] * (bounds.MAX_ITEMS + 1)),
+        link_pb2.ConnectResponse(
+            tokens=[link_pb2.SequenceTokens(sequence_id="r/0", prompt_logprobs=[{"logprob": math.nan}])]
+        ),
+        link_pb2.ConnectResponse(step=link_pb2.StepTokens(numbers=[1, 2], positions=[1], token_ids=[1, 2])),
+        link_pb2.ConnectResponse(step=link_pb2.StepTokens(numbers=[1], positions=[1], token_ids=[1, 2])),
+        link_pb2.ConnectResponse(step=link_pb2.StepTokens(numbers=[0], positions=[1], token_ids=[1])),
+        link_pb2.ConnectResponse(step=link_pb2.StepTokens(numbers=[1], positions=[2**31], token_ids=[1])),
+        link_pb2.ConnectResponse(step=link_pb2.StepTokens(numbers=[1], positions=[1], token_ids=[2**31])),
+        link_pb2.ConnectResponse(
+            step=link_pb2.StepTokens(
+                numbers=[1] * (bounds.MAX_ITEMS + 1),
+                positions=[1] * (bounds.MAX_ITEMS + 1),
+                token_ids=[1] * (bounds.MAX_ITEMS + 1),
+            )
+        ),
     ],
 )
 def test_a_frame_out_of_bounds_is_refused(message: link_pb2.ConnectResponse) -> None:
@@ -417,7 +460,7 @@ def test_milliseconds_do_not_grow_on_the_way(milliseconds: int) -> None:
 
 def test_a_deadline_that_has_nearly_passed_is_still_a_deadline() -> None:
     request = Request(sequence_id=SequenceId("r/0"), prompt=(1,), sampling=Sampling(max_tokens=1), timeout_s=0.0)
-    assert codec.decode_admit(codec.encode_request(request)).timeout_s == 0.001
+    assert request_codec.decode_admit(request_codec.encode_request(request)).timeout_s == 0.001
 
 
 def test_a_failure_with_a_long_message_crosses_shortened() -> None:
@@ -431,7 +474,7 @@ def test_a_failure_with_a_long_message_crosses_shortened() -> None:
 def test_an_invalid_request_never_quotes_what_was_sent() -> None:
     secret = "secret" * 100
     with pytest.raises(InvalidRequest) as caught:
-        codec.decode_admit(an_admit(sequence_id=secret))
+        request_codec.decode_admit(an_admit(sequence_id=secret))
     assert "secret" not in str(caught.value)
     with pytest.raises(InvalidRequest) as caught:
         codec.commands_from_bytes(struct.pack("<I", 0xFFFFFFFF) + b"secret")

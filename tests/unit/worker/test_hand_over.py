@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from baton.core.errors import BatonError, Cancelled, StaleEpoch
+from baton.core.frames import Holder
 from baton.core.ids import BlockId, Epoch, SequenceId, TicketId, WorkerId
 from baton.engine.ledger import Ledger
 from baton.kv_transfer.inbox import Inbox
@@ -176,9 +177,9 @@ class HandOver(RuleBasedStateMachine):
 
     @invariant()
     def every_block_has_the_holders_it_should(self) -> None:
-        own = [(key, "computing", table) for key, table in self.tables.items()]
+        own = [Holder(sequence_id=key, state="computing", block_ids=table) for key, table in self.tables.items()]
         assert unaccounted(self.source.ledger, [*own, *self.lending.holders()]) == []
-        mine = [(key, "running", table) for key, table in self.given.items()]
+        mine = [Holder(sequence_id=key, state="running", block_ids=table) for key, table in self.given.items()]
         assert unaccounted(self.reader.ledger, [*mine, *self.landing.holders()]) == []
         self.source.ledger.check()
         self.reader.ledger.check()

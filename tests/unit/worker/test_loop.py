@@ -13,6 +13,7 @@ from baton.wire.codec import frame_from_bytes
 from baton.worker.records import Kind
 from baton.worker.ring import RingFull
 
+from ...batch_runs import run
 from ...fakes import answer, fake_engine
 from ...workers import HANDOVER_S, Pair
 
@@ -163,6 +164,92 @@ def test_whatever_the_order_of_many_routers_all_answers_come(tmp_path: Path, see
     pair.settle()
     for request in requests:
         assert pair.seen[request.sequence_id].answer == answer(request.prompt, request.sampling.max_tokens)
+    pair.assert_clean()
+    pair.close()
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize("swap_blocks", [0, 3, 64])
+def test_answers_grow_block_by_block_and_what_is_preempted_goes_on_exactly(
+    tmp_path: Path, swap_blocks: int, lookahead: bool
+) -> None:
+    pair = Pair(tmp_path, decode_blocks=14, swap_blocks=swap_blocks, lookahead=lookahead)
+    wanted = {}
+    for i in range(12):
+        request = replace(pair.request(f"r{i}", prompt_of(i, 5 + 7 * i % 60), 60), number=i + 1)
+        wanted[pair.send(request)] = answer(request.prompt, 60)
+    most = 0
+    for _ in range(12):
+        pair.turn()
+        most = max(most, pair.d.batch.running)
+    assert most > 3, "whole answers were reserved"  # of which three fill the pool
+    pair.settle(4000)
+    assert {key: pair.seen[key].answer for key in wanted} == wanted
+    pair.clock.now += 1.0
+    pair.settle()
+    assert pair.preempted["swap"] + pair.preempted["recompute"] > 0
+    assert pair.preempted["swap"] > 0 or swap_blocks < 64
+    assert pair.preempted["recompute"] > 0 or swap_blocks == 64
+    pair.assert_clean()
+    pair.close()
+
+
+def test_a_sequence_that_was_preempted_is_released_and_expires_like_any_other(tmp_path: Path) -> None:
+    for swap_blocks in (0, 64):
+        pair = Pair(tmp_path / str(swap_blocks), decode_blocks=9, swap_blocks=swap_blocks)
+        keys = [pair.admit(f"r{i}", prompt_of(i, 30), 70, timeout_s=60.0) for i in range(6)]
+        while not sum(pair.preempted.values()):
+            pair.turn()
+            pair.clock.now += 0.3
+        holding = {holder.sequence_id for holder in pair.d.role.survey().holders}
+        (out, *_) = [key for key in keys if len(pair.seen[key].tokens) > 1 and key not in holding]
+        pair.release(out)
+        pair.turn()
+        assert pair.seen[out].ended["D"].reason is EndReason.RELEASED
+        pair.clock.now += 60.0
+        pair.settle()
+        assert {pair.seen[key].ended["D"].error_code for key in keys if key != out} == {"DeadlineExceeded"}
+        pair.assert_clean()
+        pair.close()
+
+
+def test_answers_to_one_prompt_share_its_blocks_on_both_workers(pair: Pair) -> None:
+    prompt = prompt_of(6, 59)  # three full blocks and eleven tokens
+    keys = [pair.admit(f"a/{i}", prompt, 30) for i in range(4)]
+    most = 0
+    while any(len(pair.seen[key].tokens) < 10 for key in keys):
+        pair.turn()
+        most = max(most, pair.p.engine.ledger.held_count)
+    assert most <= 4 + 3, "a prompt's blocks are there once, but for the last one, which each copies"
+    assert [pair.seen[key].cached // 16 for key in keys] == [0, 3, 3, 3]
+    tickets = [pair.seen[key].ticket for key in keys]
+    assert [ticket.wanted for ticket in tickets if ticket] == [(0, 1, 2, 3), (), (), ()]
+    tables = {holder.sequence_id: holder.block_ids for holder in pair.d.batch.holders()}
+    assert len({tuple(tables[key][:3]) for key in keys}) == 1
+    assert len({tables[key][3] for key in keys}) == 4
+    pair.settle()
+    assert [pair.seen[key].answer for key in keys] == [answer(prompt, 30)] * 4
+    pair.assert_clean()
+
+
+def test_a_prompt_that_makes_room_for_a_copied_block_begins_anew(tmp_path: Path) -> None:
+    """A prefill worker's prompts have all their blocks from the start, but for the copy of a borrowed last one."""
+    pair = Pair(tmp_path, prefill_blocks=34)
+    short, long = prompt_of(1, 20), prompt_of(2, 511)
+    first = pair.request("first", short, 5)
+    pair.p.send(first)  # nobody comes for it yet: it keeps its two blocks
+    pair.p.loop.turn()
+    crowded = pair.admit("crowded", long, 1)  # all others
+    pair.turn()
+    assert pair.p.engine.ledger.available == 0
+    borrower = pair.admit("borrower", short, 1)
+    pair.settle()
+    assert pair.p.batch.preemptions.recomputed == 1
+    assert pair.seen[borrower].answer == answer(short, 1)
+    assert pair.seen[crowded].answer == answer(long, 1)
+    pair.d.send(first)
+    pair.settle()
+    assert pair.seen[first.sequence_id].answer == answer(short, 5)
     pair.assert_clean()
     pair.close()
 
@@ -360,11 +447,8 @@ def edited_sampling(number: int, count: int) -> Sampling:
 
 
 def on_one_engine(request: Request) -> list[int]:
-    engine, sequence = fake_engine(), Sequence.of(request)
-    engine.start(sequence, sequence.max_length)
-    engine.step([(sequence, sequence.remaining)], [])
-    while sequence.end_reason() is None:
-        engine.step([], [sequence])
+    sequence = Sequence.of(request)
+    run(fake_engine(), [sequence])
     return sequence.tokens
 
 

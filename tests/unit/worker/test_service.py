@@ -160,7 +160,7 @@ async def test_when_a_link_closes_its_sequences_end(pair: tuple[Running, Running
         await link.send(Hello(router_id="router"), request)
         while not (await link.frame()).tickets:
             pass
-        assert (await ledger(to_d)).held_blocks == 4
+        assert (await ledger(to_d)).held_blocks == 3
         link.call.cancel()
         stub = worker_pb2_grpc.WorkerServiceStub(to_d)
         drained = await stub.Drain(worker_pb2.DrainRequest(timeout_ms=30_000), metadata=METADATA)

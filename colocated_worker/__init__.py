@@ -1,0 +1,1 @@
+"""Does both: computes prompts in chunks beside the answers that it writes."""

@@ -1,0 +1,336 @@
+"""Continuous batching: sequences join and leave between steps, and one step is planned while another runs.
+
+    batch = ContinuousBatch(engine, policy("fcfs"))
+    batch.add(seq, now)                                # waits for its turn: see residents.py for what becomes of it
+    while (result := batch.step(now)) is not None:     # one forward pass, and what the pass before it chose
+        ...
+
+The order within one call of `step`, with look-ahead:
+
+    start who waits | plan n+1 | launch forward n+1 | take in the tokens of n | launch sampling n+1
+
+So the device has step n+1 before the host waits for the tokens of n, and what sampling n+1 needs to know of them
+(counts for penalties, a grammar's mask) is there in time. A sequence that is found to have ended with n has one slot of
+n+1 too many: what it gives is dropped, and its blocks come back when n+1 no longer writes them.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import repeat
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from ..core.errors import BatonError, ModelFault
+from ..core.frames import Holder
+from ..core.request import EndReason, TokenLogprobs
+from .engine import Engine
+from .flight import Flight, build_step
+from .holdings import Holdings
+from .members import Goal, Member
+from .policies import Policy
+from .pool_report import PoolReport, pool_report
+from .preemption import Preemption, PreemptionCounts
+from .residents import Residents
+from .rows import Rows
+from .sampler import NO_TOKEN, Sampled
+from .sampling_stage import SamplingStage
+from .scheduler import Snapshot, Stake, StepPlan, plan_step
+from .sequence import Sequence
+from .step_input import I64
+from .swap import SwapSpace
+from .waiting import Turns
+
+_MIN_CHUNK_TOKENS = 16  # of prompts in a step, however many sequences decode: prompts always go on
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """Of the step that a call has launched; all zero where it launched none."""
+
+    sequences: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    plan_s: float = 0.0  # who starts, who runs, the step's input
+    forward_s: float = 0.0  # on a GPU: launching it
+    collect_s: float = 0.0  # taking tokens in, and on a GPU waiting for them
+    sample_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The tokens that one step has given to S sequences, as columns; they are appended already."""
+
+    sequences: list[Sequence]
+    token_ids: I64  # [S]
+    positions: I64  # [S] in its answer, from 0
+    tags: I64  # [S] of its sequence
+    logprobs: Mapping[int, TokenLogprobs]  # by place, of those that asked
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __iter__(self) -> Iterator[tuple[Sequence, int, TokenLogprobs | None]]:
+        """One by one: (sequence, token id, log probabilities)."""
+        told = map(self.logprobs.get, range(len(self))) if self.logprobs else repeat(None, len(self))
+        return zip(self.sequences, self.token_ids.tolist(), told, strict=True)
+
+
+_NONE = np.empty(0, np.int64)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one call of `step` has brought."""
+
+    started: list[Sequence] = field(default_factory=list)  # have blocks now, and `cached_tokens`
+    advanced: list[Sequence] = field(default_factory=list)  # prompts whose KV has grown
+    tokens: Chosen = Chosen([], _NONE, _NONE, _NONE, {})
+    ended: list[tuple[Sequence, EndReason | BatonError]] = field(default_factory=list)  # they are gone from the batch
+    stats: StepStats = StepStats()
+
+
+class ContinuousBatch:
+    """One thread owns it. No block moves between holders but through its engine's ledger."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        policy: Policy,
+        *,
+        step_tokens: int = 512,
+        swap_bytes: int = 0,
+        lookahead: bool | None = None,
+    ) -> None:
+        """step_tokens: of one step at most, as far as decoding sequences leave some. swap_bytes: host memory for the KV
+        of preempted sequences. lookahead: plan a step while another runs; None: on a GPU, where the two overlap."""
+        pools = [pool.view(len(pool), -1).view(torch.uint8) for pool in engine.rank_pools]
+        block_bytes = sum(pool.shape[1] for pool in pools)
+        slots = swap_bytes // block_bytes
+        self._engine = engine
+        self._holdings = Holdings(engine.ledger, engine.prefix_cache, engine.geometry.block_tokens)
+        self._preemption = Preemption(self._holdings, SwapSpace(slots, pools) if slots else None, block_bytes)
+        self._turns = Turns(policy)
+        self._rows = Rows(engine.max_batch, self._holdings.blocks_for(engine.max_model_len))
+        self._sampling = SamplingStage(engine)
+        self._residents = Residents(engine, self._rows, self._holdings, self._preemption, self._sampling, self._turns)
+        self._step_tokens = step_tokens
+        self._lookahead = engine.device.type == "cuda" if lookahead is None else lookahead
+        self._flight: Flight | None = None
+
+    # Who comes and goes
+
+    def add(self, seq: Sequence, now: float = 0.0, goal: Goal = Goal.ANSWER, spare: int = 0) -> None:
+        """A new sequence waits for its turn. spare: blocks that must stay available when it starts."""
+        self._residents.add(Member(seq, goal, now, spare=spare))
+
+    def urge(self, seq: Sequence) -> None:
+        """It need spare no blocks any more: somebody waits for what it computes."""
+        member = self._residents.get(seq)
+        if member is not None and member.spare:
+            member.spare = 0
+            self._residents.waiting.stir()
+
+    def landed(self, seq: Sequence, first_token: int) -> None:
+        """The KV of a reserved sequence's prompt is in its blocks, which it holds itself again."""
+        self._residents.landed(seq, first_token)
+
+    def remove(self, seq: Sequence) -> None:
+        """Whatever state it is in: it ends, and every block comes back. Of a sequence that is not here: nothing."""
+        member = self._residents.get(seq)
+        if member is not None:
+            self._residents.leave(member)
+
+    # One step
+
+    def step(self, now: float) -> StepResult | None:
+        """Take in what has finished, and run one step. None: nothing was there to do."""
+        begin = perf_counter()
+        result = StepResult(started=self._residents.start(now))
+        plan = self._plan(now)
+        flight = self._launch(plan) if len(plan.decode) or plan.chunks else None
+        launched = perf_counter()
+        before, self._flight = self._flight, flight
+        if before is not None:
+            self._collect(before, result)
+        collected = perf_counter()
+        if flight is not None:
+            self._sampling.launch(flight)
+        sampled = perf_counter()
+        if flight is not None and not self._lookahead:
+            self._flight = None
+            self._collect(flight, result)
+        if before is None and flight is None and not result.started:
+            return None
+        if flight is not None:
+            result.stats = StepStats(
+                sequences=len(flight.rows),
+                prefill_tokens=flight.chunk_tokens,
+                decode_tokens=len(flight.decode_rows),
+                plan_s=flight.launched_at - begin,
+                forward_s=launched - flight.launched_at,
+                collect_s=collected - launched + perf_counter() - sampled,
+                sample_s=sampled - collected,
+            )
+        return result
+
+    # What is there
+
+    @property
+    def running(self) -> int:
+        """Sequences in the batch."""
+        return self._residents.running
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that have no place in it yet."""
+        return self._residents.seatless
+
+    @property
+    def preemptions(self) -> PreemptionCounts:
+        return self._preemption.counts
+
+    def tokens_ahead(self) -> int:
+        """Prompt tokens still to be computed here."""
+        return self._residents.waiting.tokens + self._rows.tokens_ahead()
+
+    def unused_slots(self) -> int:
+        """Places for tokens in blocks of running sequences that hold none; costs little, where `report` tells all."""
+        return self._rows.unused_slots(self._engine.geometry.block_tokens)
+
+    def holders(self) -> Iterable[Holder]:
+        """Who holds blocks, but for reserved sequences: these are whoever's lands them."""
+        return self._residents.holders()
+
+    def report(self) -> PoolReport:
+        """How well the pool is used now."""
+        engine = self._engine
+        uses = [(use.sequence_id, use.block_ids, use.tokens) for use in self.holders() if use.sequence_id]
+        return pool_report(engine.ledger, engine.geometry.block_tokens, uses, engine.prefix_cache.pins())
+
+    # Planning
+
+    def _plan(self, now: float) -> StepPlan:
+        rows, block_tokens = self._rows, self._engine.geometry.block_tokens
+        running = rows.runnable()
+        known = rows.known[running]
+        lacking = known - rows.launched[running]
+        needed = -(-known // block_tokens) - rows.num_blocks[running] + rows.borrows[running]
+        snapshot = Snapshot(
+            rows=running,
+            lacking=lacking,
+            blocks_needed=np.maximum(needed, 0),
+            chunked=rows.in_chunks(running),
+            available=self._engine.ledger.available,
+            coming=self._residents.blocks_coming,
+            step_tokens=self._step_tokens,
+            min_chunk_tokens=_MIN_CHUNK_TOKENS,
+        )
+        handles: dict[int, Member] = {}
+
+        def ranking() -> tuple[list[int], Mapping[int, Stake]]:
+            handles.update(self._residents.preemptible())
+            by_member = {member: handle for handle, member in handles.items()}
+            ranked = [by_member[member] for member in self._residents.ranked(now) if member in by_member]
+            stakes = {
+                handle: Stake(self._holdings.own_blocks(member.seq), self._residents.is_flying(member))
+                for handle, member in handles.items()
+            }
+            return ranked, stakes
+
+        plan = plan_step(snapshot, ranking)
+        for handle in plan.preempt:
+            self._residents.preempt(handles[handle])
+        return plan
+
+    # Launching
+
+    def _launch(self, plan: StepPlan) -> Flight:
+        if plan.chunks or self._residents.waiting.tenants:  # while nobody waits nobody owes anything
+            self._turns.charge(self._rows.costs(plan.decode, plan.chunks), self._residents.waiting.tenants.keys())
+        step, flight = build_step(plan, self._rows, self._make_room(plan), perf_counter())
+        flight.logits = self._engine.executor.forward(step)
+        return flight
+
+    def _make_room(self, plan: StepPlan) -> list[tuple[int, int]]:
+        """Blocks for what the step writes; gives what has to be copied first."""
+        rows, block_tokens = self._rows, self._engine.geometry.block_tokens
+        taking = np.concatenate((plan.decode, np.array([row for row, _ in plan.chunks], np.int32)))
+        copies: list[tuple[int, int]] = []
+        for row in taking[rows.borrows[taking]].tolist():
+            seq = rows.sequence(row)
+            copy = self._holdings.own_last_block(seq)
+            if copy is not None:
+                copies.append(copy)
+                rows.replace_block(row, len(seq.blocks) - 1, copy[1])
+            rows.borrows[row] = False
+        decode = plan.decode
+        growing = decode[rows.launched[decode] // block_tokens >= rows.num_blocks[decode]]
+        rows.add_block_each(growing, self._holdings.grow(rows.sequences_of(growing)))
+        return copies
+
+    # Taking in
+
+    def _collect(self, flight: Flight, result: StepResult) -> None:
+        """What a step has computed and chosen. On a GPU this waits for it."""
+        chosen = self._sampling.take(flight)
+        self._rows.flying[flight.rows] -= 1
+        self._advance(flight, result)
+        self._take_tokens(flight, chosen, result)
+        self._residents.step_is_over()
+
+    def _advance(self, flight: Flight, result: StepResult) -> None:
+        rows, decode = self._rows, flight.decode_rows
+        rows.computed[decode] += 1
+        full = rows.live[decode] & (rows.computed[decode] % self._engine.geometry.block_tokens == 0)
+        for row in decode[full].tolist():
+            self._holdings.advance(rows.sequence(row), int(rows.computed[row]))
+        for row, end in zip(flight.chunk_rows.tolist(), flight.chunk_ends.tolist(), strict=True):
+            rows.computed[row] = end
+            if rows.live[row]:
+                seq = rows.sequence(row)
+                self._holdings.advance(seq, end)
+                result.advanced.append(seq)
+        if flight.chunk_tokens:
+            self._preemption.computed(flight.chunk_tokens, perf_counter() - flight.launched_at)
+            self._residents.waiting.stir()
+
+    def _take_tokens(self, flight: Flight, sampled: Sampled, result: StepResult) -> None:
+        rows = self._rows
+        ids = np.array(sampled.token_ids, np.int64)
+        usable = rows.live[flight.sampled_rows]
+        at = (usable & (ids != NO_TOKEN)).nonzero()[0]
+        taken, ids = flight.sampled_rows[at], ids[at]
+        sequences = rows.sequences_of(taken)
+        for seq, token in zip(sequences, ids.tolist(), strict=True):
+            seq.tokens.append(token)
+        settled = rows.settled[taken] = rows.settled[taken] + 1
+        self._sampling.settle(taken, ids)
+        logprobs = sampled.logprobs
+        if logprobs:
+            logprobs = {place: logprobs[index] for place, index in enumerate(at.tolist()) if index in logprobs}
+        result.tokens = Chosen(sequences, ids, flight.positions[at], rows.tag[taken], logprobs)
+        over = (rows.stops[taken] == ids[:, None]).any(1) | (settled == rows.limit[taken])
+        for index in over.nonzero()[0].tolist():
+            self._finish(self._residents.of(sequences[index]), result)
+        if len(at) < usable.sum():
+            self._fail(flight, sampled, result)
+
+    def _finish(self, member: Member, result: StepResult) -> None:
+        """Its last token is there: of the answer, or of what was asked of this batch."""
+        reason = member.seq.end_reason()
+        if reason is None:
+            self._residents.finish(member)
+            return
+        self._turns.ended(member)
+        self._residents.leave(member)
+        result.ended.append((member.seq, reason))
+
+    def _fail(self, flight: Flight, sampled: Sampled, result: StepResult) -> None:
+        """End those whose logits gave no token."""
+        for row, token in zip(flight.sampled_rows.tolist(), sampled.token_ids, strict=True):
+            if token == NO_TOKEN and self._rows.live[row]:
+                seq = self._rows.sequence(row)
+                self._residents.leave(self._residents.of(seq))
+                result.ended.append((seq, ModelFault("the model computed logits that are not numbers")))

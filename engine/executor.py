@@ -1,0 +1,46 @@
+"""Carries a step out on one device: forward, then, apart from it, what was sampled."""
+
+import torch
+from torch import Tensor
+
+from .batch import DeviceTables
+from .kv_cache import KvCache
+from .models import Model
+from .staging import Staging
+from .step_input import StepInput
+
+
+class Executor:
+    """One model over one pool, and the tables that feed it. The one way through the model.
+
+    Nothing here waits for the device. Two steps may be under way: the stream keeps their order, and a decoding row
+    reads the token that the step before it sampled where that left it.
+    """
+
+    def __init__(self, model: Model, kv_cache: KvCache, max_rows: int, max_blocks: int) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+        self._tables = DeviceTables(kv_cache.pool, max_rows, max_blocks, frozenset(model.config.windows))
+
+    @property
+    def staging(self) -> Staging:
+        return self._tables.staging
+
+    @torch.inference_mode()
+    def forward(self, step: StepInput) -> Tensor:
+        """Writes the KV of the step's tokens.    -> logits [S', vocab] of those that are wanted."""
+        if len(step.copy_from):
+            self._copy_blocks(step)
+        return self._model.forward(self._tables.batch(step), self._kv_cache.pool)
+
+    def accept(self, rows: Tensor, token_ids: Tensor) -> None:
+        """What was sampled for these rows: their next step reads it. In inference mode, like all that is sampled.
+
+        rows [S] i64, token_ids [S] i64.
+        """
+        self._tables.accept(rows, token_ids)
+
+    def _copy_blocks(self, step: StepInput) -> None:
+        source, target = self.staging.send((step.copy_from.astype("int64"), step.copy_to.astype("int64")))
+        blocks = self._kv_cache.block_bytes_view
+        blocks.index_copy_(0, target, blocks.index_select(0, source))

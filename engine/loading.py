@@ -1,0 +1,75 @@
+"""What every rank of a worker begins with: its part of the model, and the pool for the KV heads it holds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..core.tickets import Geometry
+from ..kernels.build import BuildError, cuda_library
+from .executor import Executor
+from .kv_cache import KvCache, num_blocks_for
+from .models import Model, ModelConfig, Shard, load_model
+from .parallel.alone import Alone
+from .parallel.communicator import Communicator
+
+_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+@dataclass(frozen=True, slots=True)
+class RankPart:
+    """Of one rank; equal arguments to `load_part` give all ranks of a worker equal numbers of blocks."""
+
+    model: Model
+    kv_cache: KvCache
+    max_model_len: int
+
+    def executor(self, max_batch: int) -> Executor:
+        max_blocks = -(-self.max_model_len // self.kv_cache.geometry.block_tokens)
+        return Executor(self.model, self.kv_cache, max_batch, max_blocks)
+
+
+def load_part(
+    model_dir: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_bytes: int,
+    block_tokens: int = 16,
+    max_model_len: int | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    communicator: Communicator | None = None,
+) -> RankPart:
+    """Load a rank's part of a model directory and make its pool.
+
+    kv_bytes: of this rank, the same for all. max_model_len: tokens of prompt and answer; None: what the model's
+    configuration says. threads: of torch on the CPU, for the whole process; None: as they are. progress: called with
+    (bytes done, bytes in all). communicator: with the other ranks; None: there are none. Raises ValueError where the
+    checkpoint can't be served or split so, kv_bytes hold no block, or nvcc fails.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("highest")  # float32 is float32: no TF32, whatever the environment asks for
+    try:
+        cuda_library(device)  # compiled now if it must be, not in the first request's step
+    except BuildError as error:
+        raise ValueError(str(error)) from error
+    config = ModelConfig.from_dir(model_dir)
+    length = max_model_len or config.max_position_embeddings
+    if length > config.max_position_embeddings:
+        raise ValueError(f"max_model_len {length} is beyond the model's {config.max_position_embeddings} positions")
+    geometry = Geometry(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_size=config.head_size,
+        block_tokens=block_tokens,
+        dtype=_DTYPE_NAMES[dtype],
+        fingerprint=config.kv_fingerprint(dtype),
+    )
+    peers: Communicator = Alone() if communicator is None else communicator
+    heads = Shard(peers.rank, peers.size).kv_heads(config.num_kv_heads)
+    num_blocks = num_blocks_for(kv_bytes, geometry, heads)
+    with torch.inference_mode():
+        model = load_model(model_dir, config, dtype, device, progress, length, peers)
+        return RankPart(model, KvCache(num_blocks, geometry, device, heads, shared=peers.rank > 0), length)

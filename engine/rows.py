@@ -1,0 +1,156 @@
+"""Host side of the tables that outlive a step: one row for each sequence in the batch, a column for each fact of it.
+
+What a step needs of all its sequences is read by one indexing of a column, so its cost hardly grows with the batch.
+"""
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import numpy.typing as npt
+
+from ..core.ids import BlockId
+from .accounts import INPUT_WEIGHT, OUTPUT_WEIGHT
+from .sequence import Sequence
+from .step_input import I32, I64
+
+_NO_TOKEN = -2  # never sampled: fills the unused places of `stops`
+
+
+class Rows:
+    """Owns which sequence has which row, and what the device has not been told yet. [R] rows, W blocks each."""
+
+    def __init__(self, max_rows: int, max_blocks: int) -> None:
+        self.sequences: list[Sequence | None] = [None] * max_rows
+        self.num_blocks = np.zeros(max_rows, np.int64)  # held by the row's sequence
+        self.launched = np.zeros(max_rows, np.int64)  # tokens whose KV is there or under way
+        self.known = np.zeros(max_rows, np.int64)  # tokens that are there or are being sampled
+        self.settled = np.zeros(max_rows, np.int64)  # tokens that the host has
+        self.computed = np.zeros(max_rows, np.int64)  # tokens whose KV is there
+        self.prompt = np.zeros(max_rows, np.int64)  # tokens of the prompt
+        self.limit = np.zeros(max_rows, np.int64)  # tokens when the sequence leaves the batch at the latest
+        self.tag = np.zeros(max_rows, np.int64)  # the caller's
+        self.flying = np.zeros(max_rows, np.int64)  # steps under way that have this row
+        self.live = np.zeros(max_rows, np.bool_)  # its sequence takes tokens
+        self.runs = np.zeros(max_rows, np.bool_)  # and may be in the next step
+        self.borrows = np.zeros(max_rows, np.bool_)  # its last block is another's: copy before writing
+        self.chunked = np.zeros(max_rows, np.bool_)  # is computed in chunks even where one token lacks
+        self.stops = np.full((max_rows, 1), _NO_TOKEN, np.int64)
+        self._max_blocks = max_blocks
+        self._tenants: dict[str, int] = {}
+        self._since = np.zeros(max_rows, np.int64)  # rises from one sequence to the next
+        self._tenant = np.zeros(max_rows, np.int64)
+        self._taken = 0
+        self._free = list(range(max_rows - 1, -1, -1))
+        self._table_at: list[int] = []
+        self._table_blocks: list[BlockId] = []
+        self._fresh_tokens: dict[int, int] = {}
+
+    @property
+    def free_count(self) -> int:
+        return len(self._free)
+
+    def take(self, seq: Sequence, limit: int, *, chunked: bool, borrows: bool) -> int:
+        """A row for a sequence and its blocks, the KV of `seq.computed` tokens among them."""
+        row = self._free.pop()
+        self.sequences[row] = seq
+        self.num_blocks[row] = 0
+        self.launched[row] = self.computed[row] = seq.computed
+        self.known[row] = self.settled[row] = seq.length
+        self.prompt[row] = len(seq.prompt)
+        self.limit[row] = limit
+        self.tag[row] = seq.tag
+        self.flying[row] = 0
+        self.live[row] = self.runs[row] = True
+        self._taken += 1
+        self._since[row] = self._taken
+        self._tenant[row] = self._tenants.setdefault(seq.tenant, len(self._tenants))
+        self.borrows[row] = borrows
+        self.chunked[row] = chunked
+        self._set_stops(row, sorted(seq.sampling.stop_token_ids))
+        self.add_blocks(row, seq.blocks)
+        self._fresh_tokens[row] = seq.tokens[-1] if seq.tokens else seq.prompt[-1]
+        return row
+
+    def give_back(self, row: int) -> None:
+        self.sequences[row] = None
+        self.live[row] = self.runs[row] = False
+        self._fresh_tokens.pop(row, None)
+        self._free.append(row)
+
+    def add_blocks(self, row: int, blocks: Seq[BlockId]) -> None:
+        """The row's sequence has these blocks too, behind those that it has."""
+        self._change(row, int(self.num_blocks[row]), blocks)
+        self.num_blocks[row] += len(blocks)
+
+    def add_block_each(self, rows: I32, blocks: Seq[BlockId]) -> None:
+        """Each row's sequence has one of these blocks too."""
+        self._table_at += (rows.astype(np.int64) * self._max_blocks + self.num_blocks[rows]).tolist()
+        self._table_blocks += blocks
+        self.num_blocks[rows] += 1
+
+    def replace_block(self, row: int, column: int, block: BlockId) -> None:
+        self._change(row, column, [block])
+
+    def changes(self) -> tuple[I64, I32, I32, I64]:
+        """(table_at, table_blocks, token_rows, token_ids) since the last call, as `StepInput` wants them."""
+        at, blocks, tokens = self._table_at, self._table_blocks, self._fresh_tokens
+        self._table_at, self._table_blocks, self._fresh_tokens = [], [], {}
+        return (
+            np.array(at, np.int64),
+            np.array(blocks, np.int32),
+            np.array(list(tokens), np.int32),
+            np.array(list(tokens.values()), np.int64),
+        )
+
+    def runnable(self) -> I32:
+        """Rows that have something to compute; in the order in which they were taken, where chunks are among it."""
+        rows = (self.runs & (self.launched < np.minimum(self.known, self.limit - 1))).nonzero()[0].astype(np.int32)
+        if (self.in_chunks(rows) | (self.known[rows] - self.launched[rows] > 1)).any():
+            return rows[np.argsort(self._since[rows])]
+        return rows  # all decode, and their order does not matter
+
+    def in_chunks(self, rows: I32) -> npt.NDArray[np.bool_]:
+        """Those whose prompt is computed in chunks even where it lacks one token alone."""
+        in_chunks: npt.NDArray[np.bool_] = self.chunked[rows] & (self.launched[rows] < self.prompt[rows])
+        return in_chunks
+
+    def tokens_ahead(self) -> int:
+        """Of prompts, still to be computed."""
+        return int(np.maximum(self.prompt - self.launched, 0)[self.live].sum())
+
+    def unused_slots(self, block_tokens: int) -> int:
+        """Places for tokens in the rows' blocks that hold none. Only last blocks have some, and these are not shared
+        for longer than it takes to copy them."""
+        return int((self.num_blocks * block_tokens - self.computed)[self.live].sum())
+
+    def costs(self, decode: I32, chunks: Seq[tuple[int, int]]) -> dict[str, int]:
+        """What a step that is not launched yet does for each tenant. Tokens that are computed again cost nothing."""
+        costs = np.bincount(self._tenant[decode], minlength=len(self._tenants)) * OUTPUT_WEIGHT
+        for row, count in chunks:
+            seq, end = self.sequence(row), int(self.launched[row]) + count
+            costs[self._tenant[row]] += max(end - max(seq.charged, int(self.launched[row])), 0) * INPUT_WEIGHT
+            seq.charged = max(seq.charged, end)
+        return {tenant: cost for tenant, cost in zip(self._tenants, costs.tolist(), strict=True) if cost}
+
+    def sequence(self, row: int) -> Sequence:
+        """Of a row that is taken."""
+        seq = self.sequences[row]
+        assert seq is not None, row
+        return seq
+
+    def sequences_of(self, rows: npt.NDArray[np.integer]) -> list[Sequence]:
+        found = self.sequences
+        return [found[row] for row in rows.tolist()]
+
+    def _change(self, row: int, column: int, blocks: Seq[BlockId]) -> None:
+        begin = row * self._max_blocks + column
+        self._table_at += range(begin, begin + len(blocks))
+        self._table_blocks += blocks
+
+    def _set_stops(self, row: int, stops: list[int]) -> None:
+        if len(stops) > self.stops.shape[1]:
+            wider = np.full((len(self.stops), len(stops)), _NO_TOKEN, np.int64)
+            wider[:, : self.stops.shape[1]] = self.stops
+            self.stops = wider
+        self.stops[row] = _NO_TOKEN
+        self.stops[row, : len(stops)] = stops

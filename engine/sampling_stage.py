@@ -1,0 +1,84 @@
+"""The second stage of a step: from its logits to tokens, on the device and then on the host.
+
+Apart from the forward pass, so that what it depends on may come late: counts for penalties now, a grammar's mask. What
+the host must know of the tokens before is brought up to date by `settle`, which comes between the two stages.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .engine import Engine
+from .flight import Flight, PromptPart
+from .logprobs import PendingLogprobs, PromptLogprobs, ranked_logprobs
+from .sampler import Sampled, sample
+from .sampling_table import SamplingTable
+from .sequence import Sequence
+from .staging import Staging
+from .step_input import I32, I64
+
+_NOTHING = Sampled([], {})
+
+
+class SamplingStage:
+    """Owns the parameters of every row. Runs on the leading rank alone."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._executor = engine.executor
+        self._staging = Staging(engine.device)
+        self._table = SamplingTable(engine.max_batch, engine.config.vocab_size, engine.device)
+        self._prompts: dict[Sequence, PromptLogprobs] = {}
+
+    def put(self, row: int, seq: Sequence) -> None:
+        """The row is this sequence's from now on; it may have tokens already."""
+        self._table.put(row, seq.sampling, np.array(seq.prompt, np.int64), seq.tokens)
+
+    def clear(self, row: int, seq: Sequence) -> None:
+        """The row is free. What is known of a prompt by then is asked for again, should the sequence come back."""
+        self._table.clear(row)
+        self._prompts.pop(seq, None)
+
+    def settle(self, rows: I32, token_ids: I64) -> None:
+        """These tokens are part of their answers now.    rows [S], token_ids [S]."""
+        edited = self._table.edited_rows
+        if edited:
+            for row, token in zip(rows.tolist(), token_ids.tolist(), strict=True):
+                if row in edited and token >= 0:
+                    self._table.add(row, token)
+
+    @torch.inference_mode()
+    def launch(self, flight: Flight) -> None:
+        """Choose a token for each row of a step that was launched; nothing here waits for it."""
+        logits, flight.logits = flight.logits, None
+        assert logits is not None, "the step was sampled from already"
+        flight.prompt_logprobs = [(part, self._prompt_logprobs(part, logits)) for part in flight.prompt_parts]
+        if not len(flight.sampled_rows):
+            return
+        rows = [flight.sampled_rows.astype(np.int64)]
+        there, *at = self._staging.send(rows if flight.sampled_at is None else [*rows, flight.sampled_at])
+        drawn = sample(
+            logits.index_select(0, *at) if at else logits, self._table.take(flight.sampled_rows, flight.positions)
+        )
+        self._executor.accept(there, drawn.token_ids)
+        flight.pending = drawn.to_host()
+
+    def take(self, flight: Flight) -> Sampled:
+        """What was chosen. On a GPU this waits until the step is over."""
+        for part, pending in flight.prompt_logprobs:
+            self._add(part, pending)
+        return _NOTHING if flight.pending is None else flight.pending.result()
+
+    def _prompt_logprobs(self, part: PromptPart, logits: Tensor) -> PendingLogprobs:
+        (next_ids,) = self._staging.send([part.next_ids])
+        count = part.sequence.sampling.prompt_logprobs or 0
+        return ranked_logprobs(logits[part.begin : part.end], next_ids, count).to_host()
+
+    def _add(self, part: PromptPart, pending: PendingLogprobs) -> None:
+        seq = part.sequence
+        known = self._prompts.get(seq)
+        if known is None:
+            known = self._prompts[seq] = PromptLogprobs(len(seq.prompt))
+        known.add(part.first, pending.result())
+        if known.complete:
+            seq.prompt_logprobs = known.result()
+            del self._prompts[seq]

@@ -1,0 +1,350 @@
+"""The batch against the fake model, whose next token depends on every token's KV in the sequence's own blocks: an
+aliased, lost or stale block changes an answer."""
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from baton.core.errors import ModelFault
+from baton.core.ids import SequenceId
+from baton.core.request import EndReason, Sampling
+from baton.engine.continuous_batch import ContinuousBatch, StepResult
+from baton.engine.engine import Engine
+from baton.engine.members import Goal
+from baton.engine.policies import POLICIES, policy
+from baton.engine.sequence import Sequence
+
+from ...fakes import VOCAB, answer, fake_engine
+
+BLOCK_TOKENS = 16
+
+
+def batch_of(
+    num_blocks: int = 64, *, max_batch: int = 8, swap_blocks: int = 0, lookahead: bool = False, step_tokens: int = 40
+) -> tuple[Engine, ContinuousBatch]:
+    engine = fake_engine(num_blocks, max_batch=max_batch)
+    swap_bytes = swap_blocks * engine.geometry.block_bytes
+    return engine, ContinuousBatch(
+        engine, policy("fcfs"), step_tokens=step_tokens, swap_bytes=swap_bytes, lookahead=lookahead
+    )
+
+
+def sequence(name: str, prompt: Iterable[int], max_tokens: int, **sampling: object) -> Sequence:
+    chosen = Sampling(max_tokens=max_tokens, **{"temperature": 0.0, **sampling})  # type: ignore[arg-type]
+    return Sequence(SequenceId(name), tuple(prompt), chosen)
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    return random.Random(seed).choices(range(VOCAB), k=length)
+
+
+def run(batch: ContinuousBatch) -> list[StepResult]:
+    results = []
+    while (result := batch.step(0.0)) is not None:
+        results.append(result)
+        assert len(results) < 5000, "the batch never comes to an end"
+    return results
+
+
+def assert_clean(engine: Engine, batch: ContinuousBatch) -> None:
+    engine.ledger.check()
+    assert engine.ledger.held_count == 0
+    assert (batch.running, batch.waiting, list(batch.holders())) == (0, 0, [])
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize(("num_blocks", "swap_blocks"), [(64, 0), (13, 0), (13, 64), (13, 3)])
+def test_answers_do_not_depend_on_room_look_ahead_or_the_way_of_preemption(
+    num_blocks: int, swap_blocks: int, lookahead: bool
+) -> None:
+    engine, batch = batch_of(num_blocks, swap_blocks=swap_blocks, lookahead=lookahead)
+    sequences = [sequence(f"s/{i}", prompt_of(i, 1 + 7 * i % 60), 40) for i in range(12)]
+    for i, seq in enumerate(sequences):
+        batch.add(seq, float(i))
+    given: dict[Sequence, list[int]] = {seq: [] for seq in sequences}
+    for result in run(batch):
+        for seq, token, _ in result.tokens:
+            given[seq].append(token)
+    for seq in sequences:
+        assert given[seq] == seq.tokens == answer(seq.prompt, 40)
+    assert_clean(engine, batch)
+    counts = batch.preemptions
+    assert (counts.swapped + counts.recomputed > 0) == (num_blocks == 13)
+    assert (counts.swapped > 0) == (num_blocks == 13 and swap_blocks > 0)
+
+
+def test_a_stop_token_found_late_costs_one_slot_and_is_never_followed() -> None:
+    engine, batch = batch_of(lookahead=True)
+    expected = answer([5, 6, 7], 12)
+    stop = expected[5]
+    seq = sequence("s/0", [5, 6, 7], 12, stop_token_ids=frozenset({stop}))
+    batch.add(seq)
+    results = run(batch)
+    assert seq.tokens == expected[: expected.index(stop) + 1]
+    assert [entry for result in results for entry in result.ended] == [(seq, EndReason.STOP)]
+    slots = sum(result.stats.decode_tokens for result in results)
+    assert slots == len(seq.tokens)  # one for each token but the first, and one that was dropped
+    assert_clean(engine, batch)
+
+
+def test_blocks_of_an_answer_that_ended_stay_while_a_step_under_way_writes_them() -> None:
+    engine, batch = batch_of(lookahead=True)
+    seq = sequence("s/0", prompt_of(1, 20), 30)
+    batch.add(seq)
+    batch.step(0.0)
+    batch.step(0.0)
+    batch.remove(seq)
+    assert engine.ledger.held_count == 2
+    assert [holder.state for holder in batch.holders()] == ["leaving"]
+    run(batch)
+    assert_clean(engine, batch)
+
+
+def test_a_prompt_alone_keeps_its_blocks_until_it_is_removed() -> None:
+    engine, batch = batch_of()
+    seq = sequence("s/0", prompt_of(1, 50), 30)
+    batch.add(seq, goal=Goal.PROMPT)
+    results = run(batch)
+    assert [seq.computed for result in results for _ in result.advanced] == [50, 50]  # 40, then 10
+    assert seq.tokens == answer(seq.prompt, 1)
+    assert (batch.running, engine.ledger.held_count) == (0, 4)
+    batch.remove(seq)
+    batch.remove(seq)
+    assert_clean(engine, batch)
+
+
+def test_a_prompt_whose_only_token_ends_the_answer_is_over_with_it() -> None:
+    engine, batch = batch_of()
+    batch.add(sequence("s/0", prompt_of(1, 50), 1), goal=Goal.PROMPT)
+    assert [reason for result in run(batch) for _, reason in result.ended] == [EndReason.LENGTH]
+    assert_clean(engine, batch)
+
+
+def test_answers_to_one_prompt_share_its_blocks_and_compute_it_once() -> None:
+    engine, batch = batch_of(step_tokens=64)
+    prompt = prompt_of(3, 59)  # three full blocks and eleven tokens
+    sequences = [sequence(f"s/{i}", prompt, 3) for i in range(4)]
+    for i, seq in enumerate(sequences):
+        batch.add(seq, float(i))
+    first = batch.step(0.0)
+    assert first is not None
+    assert first.started == sequences[:1]  # the others wait for what it computes
+    second = batch.step(0.0)
+    assert second is not None
+    assert second.started == sequences[1:]
+    assert [seq.cached_tokens for seq in sequences] == [0, 58, 58, 58]
+    shared = set(sequences[0].blocks[:3])
+    assert all(set(seq.blocks[:3]) == shared for seq in sequences)
+    assert len({seq.blocks[3] for seq in sequences}) == 4  # each borrower copied the last one before it wrote
+    run(batch)
+    assert [seq.tokens for seq in sequences] == [answer(prompt, 3)] * 4
+    assert_clean(engine, batch)
+
+
+def test_a_borrowed_block_that_its_owner_filled_is_copied_although_the_owner_is_gone() -> None:
+    engine, batch = batch_of()
+    prompt = prompt_of(5, 20)  # a full block and four tokens
+    owner, borrower = sequence("s/0", prompt, 20), sequence("s/1", prompt, 20)
+    batch.add(owner, 0.0)
+    batch.step(0.0)
+    batch.add(borrower, 1.0, Goal.LANDING)
+    while owner.tokens != answer(prompt, 20):
+        batch.step(0.0)
+    assert engine.ledger.holders(borrower.blocks[1]) == 1
+    batch.landed(borrower, answer(prompt, 1)[0])
+    borrower.tokens[0] = 7  # an answer of its own
+    run(batch)
+    again = sequence("s/2", [*prompt, *owner.tokens[:13]], 5)
+    batch.add(again, 2.0)
+    run(batch)
+    assert again.cached_tokens == 32
+    assert again.tokens == answer(again.prompt, 5)
+    assert_clean(engine, batch)
+
+
+def test_the_oldest_is_never_preempted() -> None:
+    engine, batch = batch_of(12, swap_blocks=0)
+    sequences = [sequence(f"s/{i}", prompt_of(i, 30), 100) for i in range(5)]
+    for i, seq in enumerate(sequences):
+        batch.add(seq, float(i))
+    ended = [seq for result in run(batch) for seq, _ in result.ended]
+    assert ended[0] is sequences[0]
+    assert batch.preemptions.recomputed > 0
+    assert_clean(engine, batch)
+
+
+def test_logits_that_are_no_numbers_end_their_sequence_alone() -> None:
+    engine, batch = batch_of()
+    forward = engine.executor.forward
+    good, bad = sequence("s/0", [4, 5], 6), sequence("s/1", [6, 7], 6)
+    batch.add(good, 0.0)
+    batch.add(bad, 1.0)
+    batch.step(0.0)
+
+    def poisoned(step: object) -> object:
+        logits = forward(step).clone()  # type: ignore[arg-type]
+        logits[-1] = float("nan")
+        return logits
+
+    engine.executor.forward = poisoned  # type: ignore[method-assign,assignment]
+    result = batch.step(0.0)
+    engine.executor.forward = forward  # type: ignore[method-assign]
+    assert result is not None
+    ((ended, reason),) = result.ended
+    assert ended is bad
+    assert isinstance(reason, ModelFault)
+    assert [seq for seq, _, _ in result.tokens] == [good]
+    run(batch)
+    assert good.tokens == answer([4, 5], 6)
+    assert_clean(engine, batch)
+
+
+def test_room_is_spared_for_those_that_somebody_waits_for() -> None:
+    _, batch = batch_of(8)
+    early, urgent = sequence("s/0", prompt_of(1, 60), 9), sequence("s/1", prompt_of(2, 60), 9)
+    batch.add(early, 0.0, Goal.PROMPT, spare=6)
+    batch.add(urgent, 1.0, Goal.PROMPT, spare=6)
+    assert batch.step(0.0) is None
+    batch.urge(urgent)
+    result = batch.step(0.0)
+    assert result is not None
+    assert result.started == [urgent]
+
+
+class BatchMachine(RuleBasedStateMachine):
+    """Sequences of all kinds come, land, are removed and preempted; whatever happens, answers are the model's own."""
+
+    @initialize(
+        blocks=st.integers(9, 20),
+        swap=st.sampled_from([0, 2, 64]),
+        lookahead=st.booleans(),
+        max_batch=st.integers(1, 5),
+        step_tokens=st.sampled_from([16, 23, 64]),
+        name=st.sampled_from(sorted(POLICIES)),
+    )
+    def begin(self, blocks: int, swap: int, lookahead: bool, max_batch: int, step_tokens: int, name: str) -> None:
+        self.engine = fake_engine(blocks, max_batch=max_batch)
+        swap_bytes = swap * self.engine.geometry.block_bytes
+        self.batch = ContinuousBatch(
+            self.engine, policy(name), step_tokens=step_tokens, swap_bytes=swap_bytes, lookahead=lookahead
+        )
+        self.now = 0.0
+        self.numbers = 0
+        self.goals: dict[Sequence, Goal] = {}
+        self.given: dict[Sequence, list[int]] = {}
+        self.reserved: list[Sequence] = []
+        self.done: list[Sequence] = []
+
+    @rule(
+        stem=st.integers(0, 2),
+        shared=st.integers(0, 70),
+        own=st.integers(1, 20),
+        max_tokens=st.integers(2, 40),
+        goal=st.sampled_from(Goal),
+        priority=st.integers(-1, 1),
+    )
+    def add(self, stem: int, shared: int, own: int, max_tokens: int, goal: Goal, priority: int) -> None:
+        prompt = [*prompt_of(stem, shared), *([stem] * own)]
+        seq = Sequence(
+            SequenceId(f"s/{self.numbers}"),
+            tuple(prompt),
+            Sampling(max_tokens=max_tokens, temperature=0.0),
+            priority=priority,
+            tenant=f"tenant {stem}",
+        )
+        self.numbers += 1
+        self.goals[seq] = goal
+        self.given[seq] = []
+        self.batch.add(seq, self.now, goal)
+
+    @precondition(lambda self: self.goals)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        self._forget(data.draw(st.sampled_from(list(self.goals))))
+
+    @precondition(lambda self: self.reserved)
+    @rule(data=st.data())
+    def land(self, data: st.DataObject) -> None:
+        """Its KV arrives from elsewhere: what the fake model would have written."""
+        seq = data.draw(st.sampled_from(self.reserved))
+        self.reserved.remove(seq)
+        pool = self.engine.kv_cache.pool
+        for position in range(seq.computed // BLOCK_TOKENS * BLOCK_TOKENS, len(seq.prompt)):
+            block = seq.blocks[position // BLOCK_TOKENS]
+            if self.engine.ledger.holders(block) > 1:
+                continue  # borrowed: it is there, and nobody may write it
+            pool[block, 0, 0, 0, position % BLOCK_TOKENS] = float(seq.prompt[position])
+            pool[block, 0, 1, 0, position % BLOCK_TOKENS] = float(position)
+        (first,) = answer(seq.prompt, 1)
+        self.given[seq].append(first)
+        self.batch.landed(seq, first)
+
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.now += 1.0
+            result = self.batch.step(self.now)
+            if result is None:
+                return
+            self._take(result)
+
+    def _take(self, result: StepResult) -> None:
+        for seq in result.started:
+            if self.goals[seq] is Goal.LANDING and not seq.tokens:
+                self.reserved.append(seq)
+        for seq, token, _ in result.tokens:
+            self.given[seq].append(token)
+            if self.goals[seq] is Goal.PROMPT:
+                self.done.append(seq)
+        for seq, reason in result.ended:
+            assert reason is EndReason.LENGTH
+            assert self.given[seq] == answer(seq.prompt, seq.sampling.max_tokens)
+            assert seq.blocks == []
+            self._forget(seq)
+
+    def _forget(self, seq: Sequence) -> None:
+        self.batch.remove(seq)
+        for where in (self.reserved, self.done):
+            if seq in where:
+                where.remove(seq)
+        del self.goals[seq], self.given[seq]
+
+    @invariant()
+    def tokens_are_the_models_own(self) -> None:
+        for seq, given in self.given.items():
+            assert given == seq.tokens == answer(seq.prompt, len(given))
+
+    @invariant()
+    def every_block_is_accounted_for(self) -> None:
+        ledger = self.engine.ledger
+        ledger.check()
+        claimed = Counter(block for holder in self.batch.holders() for block in holder.block_ids)
+        claimed.update(block for seq in self.reserved for block in seq.blocks)
+        assert all(ledger.holders(block) == claimed[block] for block in range(ledger.num_blocks))
+
+    def teardown(self) -> None:
+        """Everything that landed or computes here comes to its end, and nothing is left."""
+        if not hasattr(self, "batch"):
+            return
+        for _ in range(4000):
+            for seq in [*self.reserved, *self.done]:
+                self._forget(seq)
+            self.now += 1.0
+            result = self.batch.step(self.now)
+            if result is None and not self.reserved:
+                break
+            if result is not None:
+                self._take(result)
+        assert self.goals == {}, "a sequence was starved"
+        assert_clean(self.engine, self.batch)
+
+
+TestBatchMachine = BatchMachine.TestCase
+TestBatchMachine.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
