@@ -23,7 +23,7 @@ from ..core.ids import SequenceId
 from ..core.request import Request
 from .continuous_batch import ContinuousBatch, StepResult
 from .engine import Engine
-from .memory import GPU_LEAST, cpu_kv_bytes, free_memory, kv_room, usable_bytes
+from .memory import GPU_LEAST, cpu_kv_bytes, default_swap_bytes, free_memory, kv_room, usable_bytes
 from .models import ModelConfig
 from .models.safetensors_file import SafetensorsDir
 from .policies import policy as policy_named
@@ -60,7 +60,8 @@ class Offline:
         progress: Callable[[int, int], None] | None = None,
     ) -> Self:
         """Load a model. "auto" is the checkpoint's dtype, and a GPU where there is one. kv_bytes None: a part of what
-        is free. The rest as `Engine.build` takes it. Raises ConfigError in words for whoever wrote the call."""
+        is free; a part of the host's memory, too, takes the KV of preempted sequences. The rest as `Engine.build` takes
+        it. Raises ConfigError in words for whoever wrote the call."""
         try:
             order = policy_named(policy)
             config = ModelConfig.from_dir(model_dir)
@@ -73,7 +74,10 @@ class Offline:
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        return cls(engine, ContinuousBatch(engine, order))
+        # A pool on the CPU is not in what is free: its pages are taken only as they are written.
+        spare = free_memory() - (0 if where.type == "cuda" else room)
+        swap_bytes = min(room, default_swap_bytes(max(0, spare)))
+        return cls(engine, ContinuousBatch(engine, order, swap_bytes=swap_bytes))
 
     def run(self, requests: Iterable[Request], on_step: Callable[[StepResult], Iterable[Sequence]]) -> None:
         """Until every request has ended. `requests` is read as there is room. `on_step` gives the sequences that are to

@@ -14,7 +14,7 @@ from baton.client.in_process import InProcess
 from baton.core.errors import ConfigError, ContextExceeded, InvalidRequest
 from baton.core.ids import SequenceId
 from baton.core.request import FinishReason, Request, Sampling
-from baton.engine.continuous_batch import StepResult
+from baton.engine.continuous_batch import ContinuousBatch, StepResult
 from baton.engine.ledger import Ledger
 
 MODEL = Path(__file__).resolve().parents[3] / "models" / "baton-docs-1m"
@@ -41,6 +41,12 @@ def ledger_of(llm: LLM) -> Ledger:
     backend = llm._backend
     assert isinstance(backend, InProcess)
     return backend.offline.engine.ledger
+
+
+def batch_of(llm: LLM) -> ContinuousBatch:
+    backend = llm._backend
+    assert isinstance(backend, InProcess)
+    return backend.offline._batch
 
 
 def reference(prompts: list[str], new_tokens: int) -> list[list[int]]:
@@ -149,6 +155,42 @@ def test_log_probabilities_stand_beside_their_tokens(llm: LLM) -> None:
     (output,) = llm.generate(PROMPTS[0], params)[0].outputs
     assert len(output.logprobs) == 6
     assert [entry.top[0][0] for entry in output.logprobs] == list(output.token_ids), "greedy takes the best"
+
+
+def test_log_probabilities_of_a_prompt_equal_those_of_transformers(llm: LLM) -> None:
+    import transformers
+
+    params = SamplingParams(temperature=0, max_tokens=3, n=3, prompt_logprobs=2)
+    plain, asked = llm.generate([PROMPTS[2]] * 2, [GREEDY, params])
+    assert plain.prompt_logprobs == ()
+    ids = torch.tensor([asked.prompt_token_ids])
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    with torch.inference_mode():
+        table = torch.log_softmax(model(ids).logits[0], -1)
+    first, *others = asked.prompt_logprobs
+    assert first is None
+    assert len(others) == ids.shape[1] - 1
+    for at, entry in enumerate(others):
+        assert entry is not None
+        assert entry.logprob == pytest.approx(float(table[at, ids[0, at + 1]]), abs=1e-4)
+        assert [token for token, _ in entry.top] == table[at].topk(2).indices.tolist()
+
+
+def test_prompts_with_a_common_beginning_find_it_in_the_cache(llm: LLM) -> None:
+    shared = llm.tokenize(PROMPTS[2]) * 5
+    results = llm.generate([[*shared, 20 + n] for n in range(6)], GREEDY)
+    full = len(shared) // 16 * 16
+    assert [result.usage.cached_tokens for result in results] == [0] + [full] * 5
+
+
+def test_answers_are_the_same_where_blocks_run_out_and_sequences_are_put_back(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=90, ignore_eos=True)
+    with LLM(MODEL, dtype="float32", kv_memory=300 << 10, max_model_len=256, max_batch=8) as tight:
+        results = tight.generate(PROMPTS * 3, params)
+        assert ledger_of(tight).held_count == 0
+        preempted = batch_of(tight).preemptions
+    assert preempted.swapped + preempted.recomputed > 0
+    assert [result.outputs for result in results] == [result.outputs for result in llm.generate(PROMPTS * 3, params)]
 
 
 def test_without_parameters_the_model_s_own_defaults_hold(llm: LLM) -> None:
