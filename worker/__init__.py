@@ -1,1 +1,1 @@
-"""What both kinds of worker are made of. Knows no role."""
+"""What workers of all kinds are made of. Knows no role."""

@@ -1,4 +1,4 @@
-"""What both kinds of rank do around their role: make the ring, load the model, say they are ready, run the loop."""
+"""What ranks of all kinds do around their role: make the ring, load the model, say they are ready, run the loop."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
