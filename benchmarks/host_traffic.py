@@ -37,6 +37,7 @@ _LINK = 1
 # None: a kernel reads the tables, as on a GPU. The torch path's plans stand for the kernel's own work.
 engine_batch.plan_decode = lambda *_: None
 engine_batch.plan_prefill = lambda *_: None
+engine_batch.plan_write = lambda *_: None
 
 
 @dataclass(frozen=True)

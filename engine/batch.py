@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..kernels.paged_attention import DecodePlan, Workspace, plan_decode
 from ..kernels.prefill_attention import PrefillPlan, plan_prefill
-from ..kernels.write_kv import kv_rows
+from ..kernels.write_kv import plan_write
 from .staging import Staging
 from .step_input import I64, StepInput
 
@@ -20,7 +20,7 @@ from .step_input import I64, StepInput
 class DecodeRows:
     """The part of a step that is one token of each of S sequences."""
 
-    block_tables: Tensor  # [S, B] i32, unused entries repeat the sequence's first block
+    block_tables: Tensor  # [S, B] i32
     context_lens: Tensor  # [S] i32, the new token counted
     plan: DecodePlan | None  # of the torch path; None where a kernel reads the tables
 
@@ -42,7 +42,7 @@ class Batch:
     token_ids: Tensor  # [T] i64
     positions: Tensor  # [T] i64
     slots: Tensor  # [T] i64 = block * P + offset
-    rows: Tensor  # kv_rows(slots): where K and V go, in layer 0
+    write_plan: Tensor | None  # of the torch path, as below
     num_decode: int
     decode: DecodeRows | None
     prefill: PrefillRows | None
@@ -67,37 +67,47 @@ class DeviceTables:
         self._last_tokens.index_copy_(0, rows, token_ids.clamp(min=0))
 
     def batch(self, step: StepInput) -> Batch:
-        """Takes the step's changes over; gives what the model needs."""
-        rows = np.concatenate((step.decode_rows, np.repeat(step.chunk_rows, step.chunk_counts))).astype(np.int64)
-        positions = np.concatenate((step.decode_positions, _runs(step.chunk_starts, step.chunk_counts)))
-        num_decode = len(step.decode_rows)
-        sent = self._staging.send(
+        """Takes the step's changes over; gives what the model needs.
+
+        What the host can reckon is reckoned there: an operation on a small tensor costs its thread more than one on an
+        array, on every device.
+        """
+        rows, positions, num_decode = step.decode_rows.astype(np.int64), step.decode_positions, len(step.decode_rows)
+        if len(step.chunk_rows):
+            rows = np.concatenate((rows, np.repeat(step.chunk_rows, step.chunk_counts)))
+            positions = np.concatenate((positions, _runs(step.chunk_starts, step.chunk_counts)))
+        columns = positions // self._pool.shape[4]
+        at, blocks, token_rows, token_ids, decode_rows, lens, there, places, offsets, *of_chunks = self._staging.send(
             (
                 step.table_at,
                 step.table_blocks,
                 step.token_rows.astype(np.int64),
                 step.token_ids,
-                rows,
+                rows[:num_decode],
+                (step.decode_positions + 1).astype(np.int32),
                 positions,
-                step.chunk_ids,
+                rows * self._tables.shape[1] + columns,
+                positions - columns * self._pool.shape[4],
                 step.chunk_rows.astype(np.int64),
+                step.chunk_ids,
                 step.wanted,
             )
         )
-        at, blocks, token_rows, token_ids, rows_there, positions_there, chunk_ids, chunk_rows, wanted = sent
+        chunk_rows, chunk_ids, wanted = of_chunks
         if len(step.table_at):
             self._tables.view(-1).index_copy_(0, at, blocks)
         if len(step.token_rows):
             self._last_tokens.index_copy_(0, token_rows, token_ids)
-        slots = self._slots(rows_there, positions_there)
-        decode_rows = rows_there[:num_decode]
+        last_tokens = self._last_tokens.index_select(0, decode_rows)
+        slots = offsets.add(self._tables.view(-1).index_select(0, places), alpha=self._pool.shape[4])
+        width = int(columns[:num_decode].max()) + 1 if num_decode else 0
         return Batch(
-            token_ids=torch.cat((self._last_tokens.index_select(0, decode_rows), chunk_ids)),
-            positions=positions_there,
+            token_ids=torch.cat((last_tokens, chunk_ids)) if len(step.chunk_rows) else last_tokens,
+            positions=there,
             slots=slots,
-            rows=kv_rows(slots, self._pool),
+            write_plan=plan_write(self._pool, slots),
             num_decode=num_decode,
-            decode=self._decode(decode_rows, positions_there[:num_decode], step) if num_decode else None,
+            decode=self._decode(decode_rows, lens, width) if num_decode else None,
             prefill=self._prefill(chunk_rows, step) if len(step.chunk_rows) else None,
             wanted=None if len(step.wanted) == len(rows) else wanted,
         )
@@ -106,16 +116,8 @@ class DeviceTables:
     def staging(self) -> Staging:
         return self._staging
 
-    def _slots(self, rows: Tensor, positions: Tensor) -> Tensor:
-        block_tokens, width = self._pool.shape[4], self._tables.shape[1]
-        column = torch.div(positions, block_tokens, rounding_mode="floor")
-        blocks = self._tables.view(-1).index_select(0, rows * width + column)
-        return blocks.long() * block_tokens + positions - column * block_tokens
-
-    def _decode(self, rows: Tensor, positions: Tensor, step: StepInput) -> DecodeRows:
-        width = int(step.decode_positions.max()) // self._pool.shape[4] + 1
-        lens = (positions + 1).int()
-        tables = self._used(rows, lens, width)
+    def _decode(self, rows: Tensor, lens: Tensor, width: int) -> DecodeRows:
+        tables = self._tables[:, :width].index_select(0, rows)
         return DecodeRows(tables, lens, plan_decode(self._pool, tables, lens, self._windows, self._workspace))
 
     def _prefill(self, rows: Tensor, step: StepInput) -> PrefillRows:
@@ -123,12 +125,6 @@ class DeviceTables:
         tables = self._tables[:, : -(-int(contexts.max()) // self._pool.shape[4])].index_select(0, rows)
         starts, lens = (0, *np.cumsum(step.chunk_counts).tolist()), tuple(contexts.tolist())
         return PrefillRows(tables, starts, lens, plan_prefill(self._pool, tables, starts, lens, self._windows))
-
-    def _used(self, rows: Tensor, lens: Tensor, width: int) -> Tensor:
-        """Block tables [S, width] of these rows; what a row does not use repeats its first block: no stranger's."""
-        tables = self._tables[:, :width].index_select(0, rows)
-        columns = torch.arange(0, width * self._pool.shape[4], self._pool.shape[4], device=rows.device)
-        return torch.where(columns < lens[:, None], tables, tables[:, :1])
 
 
 def _runs(starts: I64, counts: I64) -> I64:

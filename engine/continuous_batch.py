@@ -213,15 +213,15 @@ class ContinuousBatch:
 
     def _plan(self, now: float) -> StepPlan:
         rows, block_tokens = self._rows, self._engine.geometry.block_tokens
-        running = rows.runnable()
-        known = rows.known[running]
-        lacking = known - rows.launched[running]
-        needed = -(-known // block_tokens) - rows.num_blocks[running] + rows.borrows[running]
+        running, lacking, chunked = rows.runnable()
+        needed = (rows.known[running] + block_tokens - 1) // block_tokens - rows.num_blocks[running]
+        if rows.borrows.any():
+            needed += rows.borrows[running]
         snapshot = Snapshot(
             rows=running,
             lacking=lacking,
             blocks_needed=np.maximum(needed, 0),
-            chunked=rows.in_chunks(running),
+            chunked=chunked,
             available=self._engine.ledger.available,
             coming=self._residents.blocks_coming,
             step_tokens=self._step_tokens,
@@ -256,15 +256,16 @@ class ContinuousBatch:
     def _make_room(self, plan: StepPlan) -> list[tuple[int, int]]:
         """Blocks for what the step writes; gives what has to be copied first."""
         rows, block_tokens = self._rows, self._engine.geometry.block_tokens
-        taking = np.concatenate((plan.decode, np.array([row for row, _ in plan.chunks], np.int32)))
         copies: list[tuple[int, int]] = []
-        for row in taking[rows.borrows[taking]].tolist():
-            seq = rows.sequence(row)
-            copy = self._holdings.own_last_block(seq)
-            if copy is not None:
-                copies.append(copy)
-                rows.replace_block(row, len(seq.blocks) - 1, copy[1])
-            rows.borrows[row] = False
+        if rows.borrows.any():
+            taking = np.concatenate((plan.decode, np.array([row for row, _ in plan.chunks], np.int32)))
+            for row in taking[rows.borrows[taking]].tolist():
+                seq = rows.sequence(row)
+                copy = self._holdings.own_last_block(seq)
+                if copy is not None:
+                    copies.append(copy)
+                    rows.replace_block(row, len(seq.blocks) - 1, copy[1])
+                rows.borrows[row] = False
         decode = plan.decode
         growing = decode[rows.launched[decode] // block_tokens >= rows.num_blocks[decode]]
         rows.add_block_each(growing, self._holdings.grow(rows.sequences_of(growing)))
@@ -299,22 +300,23 @@ class ContinuousBatch:
     def _take_tokens(self, flight: Flight, sampled: Sampled, result: StepResult) -> None:
         rows = self._rows
         ids = np.array(sampled.token_ids, np.int64)
-        usable = rows.live[flight.sampled_rows]
-        at = (usable & (ids != NO_TOKEN)).nonzero()[0]
-        taken, ids = flight.sampled_rows[at], ids[at]
+        taken, positions, logprobs = flight.sampled_rows, flight.positions, sampled.logprobs
+        alive = rows.live[taken]
+        usable = alive & (ids != NO_TOKEN)
+        if not usable.all():
+            at = usable.nonzero()[0]
+            taken, positions, ids = taken[at], positions[at], ids[at]
+            logprobs = {place: logprobs[index] for place, index in enumerate(at.tolist()) if index in logprobs}
         sequences = rows.sequences_of(taken)
         for seq, token in zip(sequences, ids.tolist(), strict=True):
             seq.tokens.append(token)
         settled = rows.settled[taken] = rows.settled[taken] + 1
         self._sampling.settle(taken, ids)
-        logprobs = sampled.logprobs
-        if logprobs:
-            logprobs = {place: logprobs[index] for place, index in enumerate(at.tolist()) if index in logprobs}
-        result.tokens = Chosen(sequences, ids, flight.positions[at], rows.tag[taken], logprobs)
+        result.tokens = Chosen(sequences, ids, positions, rows.tag[taken], logprobs)
         over = (rows.stops[taken] == ids[:, None]).any(1) | (settled == rows.limit[taken])
         for index in over.nonzero()[0].tolist():
             self._finish(self._residents.of(sequences[index]), result)
-        if len(at) < usable.sum():
+        if len(taken) < alive.sum():
             self._fail(flight, sampled, result)
 
     def _finish(self, member: Member, result: StepResult) -> None:

@@ -30,10 +30,10 @@ class LogitEdits:
     the same one. A token that may not be chosen yet has the bias -inf.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Ids) -> None:
+    def __init__(self, sampling: Sampling, prompt: Seq[int]) -> None:
         self._sampling = sampling
         self._penalises = _penalises(sampling)
-        seen = np.unique(prompt) if sampling.repetition_penalty != 1 else prompt[:0]
+        seen = np.unique(np.array(prompt if sampling.repetition_penalty != 1 else (), np.int64))
         self._size = len(seen)
         self._ids = np.empty(len(seen) + _FIRST_ROOM, dtype=np.int64)
         self._ids[: len(seen)] = seen
@@ -49,8 +49,8 @@ class LogitEdits:
                 self._put(token, _BIAS, -np.inf)
 
     @classmethod
-    def of(cls, sampling: Sampling, prompt: Ids, answer: Iterable[int] = ()) -> "LogitEdits | None":
-        """None where nothing is asked for, or nothing any more after this answer.    prompt [T] i64."""
+    def of(cls, sampling: Sampling, prompt: Seq[int], answer: Iterable[int] = ()) -> "LogitEdits | None":
+        """None where nothing is asked for, or nothing any more after this answer."""
         if not (_penalises(sampling) or sampling.logit_bias or sampling.min_tokens):
             return None
         edits = cls(sampling, prompt)

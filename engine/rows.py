@@ -28,6 +28,7 @@ class Rows:
         self.computed = np.zeros(max_rows, np.int64)  # tokens whose KV is there
         self.prompt = np.zeros(max_rows, np.int64)  # tokens of the prompt
         self.limit = np.zeros(max_rows, np.int64)  # tokens when the sequence leaves the batch at the latest
+        self.last = np.zeros(max_rows, np.int64)  # tokens whose KV is ever computed: not that of the last one
         self.tag = np.zeros(max_rows, np.int64)  # the caller's
         self.flying = np.zeros(max_rows, np.int64)  # steps under way that have this row
         self.live = np.zeros(max_rows, np.bool_)  # its sequence takes tokens
@@ -58,6 +59,7 @@ class Rows:
         self.known[row] = self.settled[row] = seq.length
         self.prompt[row] = len(seq.prompt)
         self.limit[row] = limit
+        self.last[row] = limit - 1
         self.tag[row] = seq.tag
         self.flying[row] = 0
         self.live[row] = self.runs[row] = True
@@ -102,17 +104,21 @@ class Rows:
             np.array(list(tokens.values()), np.int64),
         )
 
-    def runnable(self) -> I32:
-        """Rows that have something to compute; in the order in which they were taken, where chunks are among it."""
-        rows = (self.runs & (self.launched < np.minimum(self.known, self.limit - 1))).nonzero()[0].astype(np.int32)
-        if (self.in_chunks(rows) | (self.known[rows] - self.launched[rows] > 1)).any():
-            return rows[np.argsort(self._since[rows])]
-        return rows  # all decode, and their order does not matter
+    def runnable(self) -> tuple[I32, I64, npt.NDArray[np.bool_]]:
+        """Rows that have something to compute, in the order in which they were taken where chunks are among it.
 
-    def in_chunks(self, rows: I32) -> npt.NDArray[np.bool_]:
-        """Those whose prompt is computed in chunks even where it lacks one token alone."""
-        in_chunks: npt.NDArray[np.bool_] = self.chunked[rows] & (self.launched[rows] < self.prompt[rows])
-        return in_chunks
+        (rows [n], lacking [n] tokens, chunked [n]: it is computed in chunks even where it lacks one token alone)
+        """
+        lacking = np.minimum(self.known, self.last) - self.launched
+        rows = (self.runs & (lacking > 0)).nonzero()[0]
+        lacking = lacking[rows]
+        chunked = self.chunked[rows]
+        if chunked.any():
+            chunked &= self.launched[rows] < self.prompt[rows]
+        if chunked.any() or (lacking > 1).any():
+            order = np.argsort(self._since[rows])
+            rows, lacking, chunked = rows[order], lacking[order], chunked[order]
+        return rows.astype(np.int32), lacking, chunked  # where all decode their order does not matter
 
     def tokens_ahead(self) -> int:
         """Of prompts, still to be computed."""

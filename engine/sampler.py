@@ -88,7 +88,6 @@ class Drawn:
         return Pending(HostCopy([self.token_ids]), logprobs, self.logprob_rows)
 
 
-@torch.inference_mode()
 def sample(logits: Tensor, rows: SamplingRows) -> Drawn:
     """One token per row.    logits [S, V], which stay as they are
 
@@ -101,12 +100,19 @@ def sample(logits: Tensor, rows: SamplingRows) -> Drawn:
     values = logits if rows.edits is None else edited(logits, rows.edits)
     # In f32: torch's argmax of bfloat16 is three times as slow on a CPU.
     values = values.float() if rows.masks is None else masked(values, rows.masks)
-    best = first_best(values)
+    largest, best = first_best(values)
     token_ids = best
     for group in rows.draws:
         drawn = draw(values, best, group)
         token_ids = drawn if group.at is None else token_ids.index_copy(0, group.at, drawn)
-    token_ids = torch.where(_usable(logits, values, best, rows.masks), token_ids, NO_TOKEN)
+    if rows.edits is not None or rows.masks is not None:
+        largest = logits.gather(1, best[:, None])[:, 0]
+    # The largest is NaN where any is, and edits and masks make NaN of +inf: so the logit there tells of all. That edits
+    # leave nothing (each token a stop token, before min_tokens) is no fault of the logits: some token is chosen.
+    usable = largest.abs() < torch.inf  # isfinite, in a third of its time
+    if rows.masks is not None:
+        usable = _allowed(usable, values, best, rows.masks)
+    token_ids = torch.where(usable, token_ids, NO_TOKEN)
     if rows.logprobs is None:
         return Drawn(token_ids)
     at = rows.logprobs.at
@@ -114,16 +120,7 @@ def sample(logits: Tensor, rows: SamplingRows) -> Drawn:
     return Drawn(token_ids, found, rows.logprobs)
 
 
-def _usable(logits: Tensor, values: Tensor, best: Tensor, masks: TokenMasks | None) -> Tensor:
-    """Which rows give a token: [S] bool. `best` has read them all already.
-
-    The argmax is the first NaN where there is one, and edits and masks make NaN of +inf: so the logit there tells of
-    all. That edits leave nothing (each token a stop token, before min_tokens) is no fault of the logits: some token is
-    chosen. A mask that leaves nothing is one: what it forbids must not be said.
-    """
-    at = best[:, None]
-    usable = logits.gather(1, at)[:, 0].abs() < torch.inf  # isfinite, in a third of its time
-    if masks is not None:
-        nothing_left = values.gather(1, at)[:, 0].index_select(0, masks.rows) == -torch.inf
-        usable = usable.index_copy(0, masks.rows, usable.index_select(0, masks.rows) & ~nothing_left)
-    return usable
+def _allowed(usable: Tensor, values: Tensor, best: Tensor, masks: TokenMasks) -> Tensor:
+    """Less those to whom a mask leaves nothing: what it forbids must not be said.    usable [S] bool"""
+    nothing_left = values.gather(1, best[:, None])[:, 0].index_select(0, masks.rows) == -torch.inf
+    return usable.index_copy(0, masks.rows, usable.index_select(0, masks.rows) & ~nothing_left)

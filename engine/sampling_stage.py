@@ -31,7 +31,7 @@ class SamplingStage:
 
     def put(self, row: int, seq: Sequence) -> None:
         """The row is this sequence's from now on; it may have tokens already."""
-        self._table.put(row, seq.sampling, np.array(seq.prompt, np.int64), seq.tokens)
+        self._table.put(row, seq.sampling, seq.prompt, seq.tokens)
 
     def clear(self, row: int, seq: Sequence) -> None:
         """The row is free. What is known of a prompt by then is asked for again, should the sequence come back."""

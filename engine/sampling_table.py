@@ -1,6 +1,7 @@
 """How each row of the batch chooses its tokens, kept from step to step."""
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ Ids = npt.NDArray[np.int64]
 Indices = npt.NDArray[np.integer]
 
 _U64 = (1 << 64) - 1
+_LEAST_MIN_P = float(np.finfo(np.float64).tiny)
 _NO_LOGPROBS = -1
 _NO_TOKENS: tuple[int, ...] = ()
 _DRAW_COLUMNS = 6
@@ -44,16 +46,17 @@ class SamplingTable:
         """Rows whose edits follow the answer: each of its tokens must be told with `add`."""
         return frozenset(self._edits)
 
-    def put(self, row: int, sampling: Sampling, prompt: Ids, answer: Iterable[int] = _NO_TOKENS) -> None:
-        """A sequence takes the row: its parameters, its prompt [T] i64, and the answer so far."""
+    def put(self, row: int, sampling: Sampling, prompt: Seq[int], answer: Iterable[int] = _NO_TOKENS) -> None:
+        """A sequence takes the row: its parameters, its prompt, and the answer so far."""
         self.clear(row)
         way = self._way[row] = way_of(sampling, self._vocab_size)
-        self._temperature[row] = sampling.temperature
-        self._top_k[row] = min(sampling.top_k or self._vocab_size, self._vocab_size)
-        self._top_p[row] = sampling.top_p if sampling.top_p < 1 else np.inf
-        self._min_p[row] = max(sampling.min_p, np.finfo(np.float64).tiny)
-        seed, branch = (np.array([part], dtype=np.uint64) for part in (sampling.seed & _U64, sampling.branch))
-        self._stream[row] = streams_of(seed, branch)[0]
+        if way != Way.GREEDY:
+            self._temperature[row] = sampling.temperature
+            self._top_k[row] = min(sampling.top_k or self._vocab_size, self._vocab_size)
+            self._top_p[row] = sampling.top_p if sampling.top_p < 1 else np.inf
+            self._min_p[row] = max(sampling.min_p, _LEAST_MIN_P)
+            seed, branch = (np.array([part], dtype=np.uint64) for part in (sampling.seed & _U64, sampling.branch))
+            self._stream[row] = streams_of(seed, branch)[0]
         self._logprobs[row] = _NO_LOGPROBS if sampling.logprobs is None else sampling.logprobs
         edits = LogitEdits.of(sampling, prompt, answer)
         if edits is not None:

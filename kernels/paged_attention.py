@@ -53,8 +53,8 @@ def paged_decode_attention(
 
     q [S, H, D]; pool [N, L, 2, G, P, D], contiguous, H a multiple of G; block_tables [S, B] i32; context_lens [S] i32,
     the new token counted and its K and V written already; window: a query sees the last `window` keys, None: all.
-    Past a context's end its last block may hold anything that an earlier holder left there, NaN too. Unused entries of
-    a table repeat the sequence's first block.
+    Past a context's end its last block may hold anything that an earlier holder left there, NaN too, and unused entries
+    of a table may hold any number.
     plan: `plan_decode(...)` of these, the same for all layers of a step; None: made here. -> [S, H, D], or `out`.
     """
     _, num_layers, _, heads, _, head_size = pool.shape
@@ -101,7 +101,7 @@ def _plan(
 ) -> DecodePlan:
     _, num_layers, _, heads, block_tokens, _ = pool.shape
     num_blocks = -(-int(context_lens.max()) // block_tokens)
-    first = block_tables[:, :num_blocks].long() * (num_layers * 2 * heads)
+    first = _used(block_tables[:, :num_blocks], context_lens, block_tokens).long() * (num_layers * 2 * heads)
     of_head = torch.arange(2 * heads, device=first.device).view(2, 1, heads, 1)
     rows = (first[None, :, None, :] + of_head).reshape(-1)
     lens = context_lens.tolist()
@@ -112,6 +112,12 @@ def _plan(
             masks[window] = _mask(context_lens, num_blocks * block_tokens, window)
     tails = _tails(context_lens.long(), heads, num_blocks, block_tokens) if masks else rows[:0]
     return DecodePlan(rows, num_blocks, common_len, masks, tails, workspace or Workspace())
+
+
+def _used(block_tables: Tensor, context_lens: Tensor, block_tokens: int) -> Tensor:
+    """With the first block of a sequence wherever it uses none: no stranger's is read."""
+    starts = torch.arange(0, block_tables.shape[1] * block_tokens, block_tokens, device=block_tables.device)
+    return torch.where(starts < context_lens[:, None], block_tables, block_tables[:, :1])
 
 
 def _tails(lens: Tensor, heads: int, num_blocks: int, block_tokens: int) -> Tensor:

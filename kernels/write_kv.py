@@ -8,27 +8,35 @@ from torch import Tensor
 from .build import cuda_library, stream, vector_rows
 
 
-def write_kv(k: Tensor, v: Tensor, pool: Tensor, layer: int, slots: Tensor, rows: Tensor | None = None) -> None:
+def write_kv(k: Tensor, v: Tensor, pool: Tensor, layer: int, slots: Tensor, plan: Tensor | None = None) -> None:
     """pool[slot // P, layer, 0 | 1, :, slot % P] = k | v for each token.
 
     k, v [T, G, D]; pool [N, L, 2, G, P, D], contiguous; slots [T] i64 = block * P + offset, all different.
-    rows: `kv_rows(slots, pool)`, the same for all layers of a step, so made once by who calls for many layers.
+    plan: `plan_write(pool, slots)`, the same for all layers of a step; None: made here.
     """
     _, num_layers, _, heads, block_tokens, head_size = pool.shape
     assert k.shape == v.shape == (slots.shape[0], heads, head_size), (k.shape, v.shape, slots.shape, pool.shape)
     assert 0 <= layer < num_layers, (layer, pool.shape)
-    library = cuda_library(pool.device) if head_size * pool.element_size() % 16 == 0 else None
+    library = _cuda_library(pool)
     if library is not None:
         _launch(library, k, v, pool, layer, slots)
         return
-    if rows is None:
-        rows = kv_rows(slots, pool)
+    rows = _rows(slots, pool) if plan is None else plan
     # Rows are those of layer 0; starting the view at this layer's first row moves all of them.
     lines = pool.view(-1, head_size)[layer * 2 * heads * block_tokens :]
     lines.index_copy_(0, rows, torch.cat((k, v), 1).view(-1, head_size))
 
 
-def kv_rows(slots: Tensor, pool: Tensor) -> Tensor:
+def plan_write(pool: Tensor, slots: Tensor) -> Tensor | None:
+    """What all layers of a step share; None where a CUDA kernel serves, which needs nothing.    slots [T] i64."""
+    return None if _cuda_library(pool) is not None else _rows(slots, pool)
+
+
+def _cuda_library(pool: Tensor) -> ctypes.CDLL | None:
+    return cuda_library(pool.device) if pool.shape[-1] * pool.element_size() % 16 == 0 else None
+
+
+def _rows(slots: Tensor, pool: Tensor) -> Tensor:
     """Rows of `pool.view(-1, D)` in layer 0 for each slot's K heads, then V heads.    slots [T] -> [T * 2 * G] i64."""
     _, num_layers, _, heads, block_tokens, _ = pool.shape
     first = (slots // block_tokens) * (num_layers * 2 * heads * block_tokens) + slots % block_tokens

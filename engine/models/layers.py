@@ -126,7 +126,7 @@ class Attention:
             q, k = q_and_k[:, : self.num_heads], q_and_k[:, self.num_heads :]
             q_and_k = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
         q_and_k = rotary(q_and_k, step.cos, step.sin)
-        write_kv(q_and_k[:, self.num_heads :], v, step.pool, self.layer, step.batch.slots, step.batch.rows)
+        write_kv(q_and_k[:, self.num_heads :], v, step.pool, self.layer, step.batch.slots, step.batch.write_plan)
         q = q_and_k[:, : self.num_heads]
         attended = attend(q, step.pool, self.layer, self.head_size**-0.5, self.window, step.batch)
         return self.output(attended.view(x.shape[0], -1))

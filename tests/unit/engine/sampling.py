@@ -14,7 +14,7 @@ from baton.engine.sampling_table import SamplingTable
 
 CPU = torch.device("cpu")
 INF = float("inf")
-PROMPT = np.array([1, 2, 3], dtype=np.int64)
+PROMPT = (1, 2, 3)
 
 
 def rows_of(

@@ -53,7 +53,7 @@ def naive(logits: list[float], params: Sampling, prompt: list[int], answer: list
 
 def edits_of(params: Sampling, prompt: list[int], answer: list[int]) -> LogitEdits | None:
     """As they are after these tokens."""
-    return LogitEdits.of(params, np.array(prompt, dtype=np.int64), answer)
+    return LogitEdits.of(params, prompt, answer)
 
 
 def a_sequence(index: int, prompt: list[int], params: Sampling, answer: list[int] | None = None) -> Sequence:

@@ -35,12 +35,16 @@ def test_logits_that_were_bfloat16_rank_like_a_stable_sort(count: int) -> None:
 def test_the_first_best_is_the_argmax(rows: int, width: int) -> None:
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(rows, width, generator=generator).bfloat16().float()
-    assert torch.equal(first_best(values), values.argmax(-1))
-    assert torch.equal(first_best(values.round()), values.round().argmax(-1))
-    assert first_best(torch.full_like(values, -INF)).tolist() == [0] * rows
+    for some in (values, values.round(), torch.full_like(values, -INF)):
+        largest, at = first_best(some)
+        assert torch.equal(at, some.argmax(-1))
+        assert torch.equal(largest, some.amax(-1))
     values[:, width // 2 :] = INF
     values[0, width - 1] = NAN
-    assert first_best(values).tolist() == [width - 1] + [width // 2] * (rows - 1)
+    largest, at = first_best(values)
+    assert at.tolist() == [width - 1] + [width // 2] * (rows - 1)
+    assert largest[0].isnan()
+    assert largest[1:].tolist() == [INF] * (rows - 1)
 
 
 def test_parts_cover_every_row_once() -> None:
