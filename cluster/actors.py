@@ -1,15 +1,17 @@
-"""A worker's two processes as Ray actors. They wrap `worker/` and the worker folders and add nothing to them.
+"""A worker's processes as Ray actors. They wrap `worker/` and the worker folders and add nothing to them.
 
-Both take over their process's output, so that all that a worker says is in one log. The cluster token travels by the
+All take over their process's output, so that all that a worker says is in one log. The cluster token travels by the
 environment of the node, never in an actor's arguments.
 """
 
 import asyncio
 import os
+import queue
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -22,28 +24,45 @@ from ..worker.records import Progress
 from .screen import percent
 from .units import format_size
 
+if TYPE_CHECKING:  # torch: in the ranks' processes only, not where the classes are named
+    from ..engine.parallel.shared_pool import PoolHandle
+    from ..worker.gang import Invitation
+
 _FOLDERS = {"prefill": "prefill_worker", "decode": "decode_worker", "both": "colocated_worker"}
 
 
 class RankActor:
     """The step loop's process. `deliver` runs beside `run`, in a thread of its own, so calls keep their order."""
 
-    def __init__(self, config: WorkerConfig, log: Path, log_level: str, gpu_share: float, weight_bytes: int) -> None:
-        from ..kv_transfer.inbox import Inbox  # noqa: PLC0415  # torch: in this process only, not where the class is named
+    def __init__(
+        self,
+        config: WorkerConfig,
+        log: Path,
+        log_level: str,
+        gpu_share: float,
+        weight_bytes: int,
+        followers: Sequence[Any] = (),
+    ) -> None:
+        """weight_bytes: of one rank. followers: the `FollowerActor`s of ranks 1, 2, ..."""
+        from ..kv_transfer.inbox import Inbox  # noqa: PLC0415
 
         _log_to(log, log_level, config)
         self._config = _with_token(config)
         self._gpu_share = gpu_share
         self._weight_bytes = weight_bytes
+        self._followers = followers
         self._inbox = Inbox()
 
     def run(self) -> None:
         """One life of the rank: returns when its service says stop."""
         config = self._config
         if config.kv_bytes == 0:
-            config = replace(config, kv_bytes=gpu_kv_bytes(self._gpu_share, self._weight_bytes))
+            rooms = ray.get([one.room.remote() for one in self._followers], timeout=config.start_timeout_s)
+            own = gpu_kv_bytes(self._gpu_share, self._weight_bytes)
+            config = replace(config, kv_bytes=min(own, *rooms) if rooms else own)
         rank = import_module(f"..{_FOLDERS[config.role]}.rank", __package__)  # torch comes with it
-        rank.run(config, self._inbox)
+        gang = RayFollowers(self._followers, config.start_timeout_s) if self._followers else None
+        rank.run(config, self._inbox, gang=gang)
 
     @ray.method(concurrency_group="inbox")
     def deliver(self, message: object, handles: Sequence[object]) -> None:
@@ -54,6 +73,56 @@ class RankActor:
         if not isinstance(message, Piece | Returned):
             raise TypeError(f"no message of the transfer: {type(message).__name__}")
         deliver(self._inbox, message, handles)
+
+
+class RayFollowers:
+    """See worker/gang.py's Gang."""
+
+    def __init__(self, actors: Sequence[Any], timeout_s: float) -> None:
+        self._actors = actors
+        self._timeout_s = timeout_s
+        self._joining: list[Any] = []
+
+    def invite(self, invitations: Sequence["Invitation"]) -> None:
+        self._joining = [actor.join.remote(one) for actor, one in zip(self._actors, invitations, strict=True)]
+
+    def pools(self) -> Sequence["PoolHandle"]:
+        from ..engine.parallel.communicator import RankLost  # noqa: PLC0415
+
+        try:
+            handles: list[PoolHandle] = ray.get(self._joining, timeout=self._timeout_s)
+        except ray.exceptions.RayError as error:  # one that is late among them
+            raise RankLost(f"a rank did not load its part: {error}") from error
+        return handles
+
+
+class FollowerActor:
+    """The process of another rank than the first. `room` and `join` run beside `run`, in a thread of their own."""
+
+    def __init__(self, config: WorkerConfig, log: Path, log_level: str, gpu_share: float, weight_bytes: int) -> None:
+        _log_to(log, log_level, config)
+        self._config = config
+        self._gpu_share = gpu_share
+        self._weight_bytes = weight_bytes
+        self._invitations: queue.SimpleQueue[Invitation] = queue.SimpleQueue()
+        self._handles: queue.SimpleQueue[PoolHandle] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        """One life: returns when rank 0 has run its last step."""
+        from ..worker.gang import follow  # noqa: PLC0415
+
+        follow(self._config, self._invitations.get(timeout=self._config.start_timeout_s), self._handles.put)
+
+    @ray.method(concurrency_group="gang")
+    def room(self) -> int:
+        """Bytes for KV on this rank's GPU. Raises ConfigError."""
+        return gpu_kv_bytes(self._gpu_share, self._weight_bytes)
+
+    @ray.method(concurrency_group="gang")
+    def join(self, invitation: "Invitation") -> "PoolHandle":
+        """Once this rank has loaded its part: how rank 0 reaches its pool."""
+        self._invitations.put(invitation)
+        return self._handles.get(timeout=self._config.start_timeout_s)
 
 
 class ServiceActor:

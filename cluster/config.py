@@ -32,7 +32,7 @@ class ServeConfig:
     both: int = 0
     tp: int = 1
     max_model_len: int | None = None  # tokens; None: what the model allows
-    kv_memory: int | None = None  # bytes of each worker; None: from what is free
+    kv_memory: int | None = None  # bytes of each worker, in all its ranks; None: from what is free
     swap_memory: int | None = None  # bytes of each worker that decodes; None: from what is free
     max_batch: int = 32
     step_tokens: int = 512
@@ -120,7 +120,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("prefill", _count(0, 64), "prefill workers, which read prompts (default: 1, with --both 0)", "N"),
     Setting("decode", _count(0, 64), "decode workers, which write answers (default: 1, with --both 0)", "N"),
     Setting("both", _count(0, 64), "workers that do both, for light loads (default: 0)", "N"),
-    Setting("tp", _count(1), "tensor-parallel ranks of each worker (only 1 so far)", "N"),
+    Setting(
+        "tp", _count(1, 64), "tensor-parallel ranks of each worker, each with a part of the model (default: 1)", "N"
+    ),
     Setting("max_model_len", _count(16), "tokens of prompt and answer together (default: what the model allows)", "N"),
     Setting("kv_memory", parse_size, "KV cache of each worker, e.g. 512MiB (default: from what is free)", "SIZE"),
     Setting(
@@ -264,8 +266,6 @@ def _reason(error: OSError | UnicodeDecodeError) -> str:
 
 
 def _check_together(config: ServeConfig) -> None:
-    if config.tp != 1:
-        raise ConfigError(f"--tp is {config.tp}: this version runs one rank per worker; leave it at 1.")
     if bool(config.prefill) != bool(config.decode):
         raise ConfigError(
             f"--prefill is {config.prefill} and --decode is {config.decode}: neither serves without the other."

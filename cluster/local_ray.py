@@ -67,7 +67,7 @@ def stop() -> None:
 
 
 class RayGang:
-    """One life of a worker: its rank's actor and its service's actor, detached, never restarted by Ray itself."""
+    """One life of a worker: its ranks' actors and its service's actor, detached, never restarted by Ray itself."""
 
     def __init__(self, worker: WorkerPlan, epoch: Epoch) -> None:
         import ray  # noqa: PLC0415
@@ -80,14 +80,17 @@ class RayGang:
         remote: Any = ray.remote  # its stubs know no concurrency groups
         options = {"num_cpus": 0, "max_restarts": 0, "lifetime": "detached", "namespace": NAMESPACE}
         rank = remote(num_gpus=worker.gpu_share, concurrency_groups={"inbox": 1}, **options)(actors.RankActor)
+        follower = remote(num_gpus=worker.gpu_share, concurrency_groups={"gang": 1}, **options)(actors.FollowerActor)
         service = remote(max_concurrency=_SERVICE_CALLS, **options)(actors.ServiceActor)
-        self._rank: Any = rank.options(name=config.inbox).remote(
-            config, worker.log, worker.log_level, worker.gpu_share, worker.weight_bytes
-        )
+        given = (config, worker.log, worker.log_level, worker.gpu_share, worker.rank_weight_bytes)
+        self._followers: list[Any] = [
+            follower.options(name=f"{config.inbox}.rank{number}").remote(*given) for number in range(1, config.tp)
+        ]
+        self._rank: Any = rank.options(name=config.inbox).remote(*given, self._followers)
         self._service: Any = service.options(name=f"{config.inbox}.service").remote(
             config, worker.log, worker.log_level
         )
-        self._runs = [self._rank.run.remote(), self._service.run.remote()]
+        self._runs = [one.run.remote() for one in (self._rank, *self._followers, self._service)]
         self._ready = self._service.wait_ready.remote()
         self._asked: Any = None
         self._progress = "starting"
@@ -134,7 +137,7 @@ class RayGang:
     def kill(self) -> None:
         import ray  # noqa: PLC0415
 
-        for actor in (self._rank, self._service):
+        for actor in (self._rank, *self._followers, self._service):
             with suppress(ray.exceptions.RayError, ValueError):
                 ray.kill(actor, no_restart=True)
         self._worker.remove_rings(self._epoch)

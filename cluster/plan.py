@@ -26,8 +26,8 @@ class WorkerPlan:
     config: WorkerConfig  # of no life yet: epoch 0, no names
     log: Path
     log_level: str
-    gpu_share: float  # of one GPU; 0: none
-    weight_bytes: int
+    gpu_share: float  # of one GPU, for each rank; 0: none
+    rank_weight_bytes: int
 
     @property
     def worker_id(self) -> WorkerId:
@@ -70,7 +70,8 @@ class ClusterPlan:
                     model_name=self.model_name,
                     dtype=self.size.dtype,
                     device="cuda" if self.num_gpus else "cpu",
-                    kv_bytes=self.kv_bytes,
+                    tp=config.tp,
+                    kv_bytes=self.kv_bytes // config.tp,
                     block_tokens=config.block_tokens,
                     max_model_len=self.max_model_len,
                     max_batch=config.max_batch,
@@ -90,8 +91,8 @@ class ClusterPlan:
                 ),
                 log=logs / f"{role}-{n}.log",
                 log_level=config.log_level,
-                gpu_share=gpu_share(self.num_gpus, len(names)),
-                weight_bytes=self.size.weight_bytes,
+                gpu_share=gpu_share(self.num_gpus, len(names) * config.tp),
+                rank_weight_bytes=self.size.rank_weight_bytes,
             )
             for role, n in names
         ]
@@ -120,9 +121,10 @@ class ClusterPlan:
 
 def plan_cluster(config: ServeConfig, model_dir: Path, api_keys: tuple[str, ...], cluster_token: str) -> ClusterPlan:
     """Raises ConfigError when the model, the context or the memory does not work out."""
-    size = preflight.measure_model(model_dir, config.dtype)
-    context = preflight.settle_context(config, size)
     num_gpus = count_gpus(config.device)
+    preflight.check_gpus(config, num_gpus)
+    size = preflight.measure_model(model_dir, config.dtype, config.tp)
+    context = preflight.settle_context(config, size)
     free_bytes = free_memory()
     kv_bytes = config.kv_memory or 0
     if not num_gpus:
@@ -142,9 +144,9 @@ def plan_cluster(config: ServeConfig, model_dir: Path, api_keys: tuple[str, ...]
     )
 
 
-def gpu_share(num_gpus: int, num_workers: int) -> float:
-    """Of one GPU for each worker, so that all fit: a whole one, or an equal part of a shared one."""
-    return 1.0 / math.ceil(num_workers / num_gpus) if num_gpus else 0.0
+def gpu_share(num_gpus: int, num_ranks: int) -> float:
+    """Of one GPU for each rank, so that all fit: a whole one, or an equal part of a shared one."""
+    return 1.0 / math.ceil(num_ranks / num_gpus) if num_gpus else 0.0
 
 
 def count_gpus(

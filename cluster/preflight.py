@@ -2,9 +2,12 @@
 
 import errno
 import importlib.util
+import math
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import ConfigError
 from ..engine.memory import cpu_kv_bytes, default_swap_bytes
@@ -12,10 +15,11 @@ from . import memory_plan
 from .checkpoint import read_json, weight_files
 from .config import ServeConfig
 from .memory_plan import WIDTHS
-from .model_shape import read_attention, stored_dtype
+from .model_shape import read_attention, read_shape, stored_dtype
 from .units import format_size
 
 _PROCESS_BYTES = 450 << 20  # a worker without weights and KV: interpreter, torch, gRPC (measured: 280 + 120 MiB)
+_RANK_BYTES = 280 << 20  # a rank more
 _BASE_BYTES = 900 << 20  # Ray, router, Redis (measured: 670 + 150 MiB)
 _LAST_PORT = 65535
 
@@ -26,8 +30,14 @@ class ModelSize:
 
     max_position_embeddings: int
     dtype: str  # that it runs in
-    weight_bytes: int  # in that dtype
-    kv_bytes_per_token: int
+    tp: int = 1
+    rank_weight_bytes: int  # in that dtype, of the fullest rank
+    kv_bytes_per_token: int  # in all ranks together
+
+    @property
+    def weight_bytes(self) -> int:
+        """In all ranks together."""
+        return self.tp * self.rank_weight_bytes
 
 
 def check_installed() -> None:
@@ -76,8 +86,9 @@ def _is_free(host: str, port: int, flag: str) -> bool:
     return True
 
 
-def measure_model(directory: Path, dtype: str) -> ModelSize:
-    """Read config.json and the sizes of the weights. Raises ConfigError for what is not a decoder-only checkpoint."""
+def measure_model(directory: Path, dtype: str, tp: int = 1) -> ModelSize:
+    """Read config.json and the sizes of the weights. Raises ConfigError for what is not a decoder-only checkpoint, or
+    does not split over `tp` ranks."""
     kind = ""
     try:
         config = read_json(directory / "config.json")
@@ -92,12 +103,32 @@ def measure_model(directory: Path, dtype: str) -> ModelSize:
     stored = stored_dtype(config)
     runs = memory_plan.run_dtype(dtype, stored)
     on_disk = sum(path.stat().st_size for path in weight_files(directory) if path.is_file())
+    weight_bytes = on_disk * WIDTHS[runs] // WIDTHS.get(stored, 2)
     return ModelSize(
         max_position_embeddings=longest,
         dtype=runs,
-        weight_bytes=on_disk * WIDTHS[runs] // WIDTHS.get(stored, 2),
-        kv_bytes_per_token=memory_plan.kv_bytes_per_token(attention, runs),
+        tp=tp,
+        rank_weight_bytes=weight_bytes if tp == 1 else math.ceil(weight_bytes * _rank_share(config, tp)),
+        kv_bytes_per_token=tp * memory_plan.kv_bytes_per_token(attention, runs, tp),
     )
+
+
+def _rank_share(config: Mapping[str, Any], tp: int) -> float:
+    """Of a model's weights that are on the fullest of `tp` ranks."""
+    shape = read_shape(config)
+    memory_plan.check_split(shape, tp)
+    weights = memory_plan.count_weights(shape, tp)
+    return sum(weight.rank_count for weight in weights) / sum(weight.count for weight in weights)
+
+
+def check_gpus(config: ServeConfig, num_gpus: int) -> None:
+    """Raises ConfigError where ranks of one worker would share a GPU: NCCL knows no two on one."""
+    needed = config.num_workers * config.tp
+    if config.tp > 1 and 0 < num_gpus < needed:
+        raise ConfigError(
+            f"--tp is {config.tp}: {config.num_workers} workers of {config.tp} ranks need {needed} GPUs, and here are "
+            f"{num_gpus}: lower --tp, or have fewer workers (--both 1 is one alone)."
+        )
 
 
 def settle_context(config: ServeConfig, size: ModelSize) -> int:
@@ -126,7 +157,7 @@ def settle_kv_bytes(config: ServeConfig, size: ModelSize, context: int, free_byt
     need = fixed + workers * given
     if need > free_bytes:
         each = " + ".join(
-            (f"{format_size(size.weight_bytes)} weights", f"{format_size(given)} KV", format_size(_PROCESS_BYTES))
+            (f"{format_size(size.weight_bytes)} weights", f"{format_size(given)} KV", format_size(_processes(config)))
         )
         swaps = f"{config.num_decoding} x {format_size(swap)} swap + " if swap else ""
         raise ConfigError(
@@ -147,7 +178,12 @@ def settle_swap_bytes(config: ServeConfig, size: ModelSize, kv_bytes: int, free_
 
 
 def _without_kv(config: ServeConfig, size: ModelSize) -> int:
-    return _BASE_BYTES + config.num_workers * (_PROCESS_BYTES + size.weight_bytes)
+    return _BASE_BYTES + config.num_workers * (_processes(config) + size.weight_bytes)
+
+
+def _processes(config: ServeConfig) -> int:
+    """Bytes of a worker's processes, without weights and KV."""
+    return _PROCESS_BYTES + (config.tp - 1) * _RANK_BYTES
 
 
 def _flag(name: str) -> str:

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..core.tickets import Geometry
 from .parallel.shared_pool import SharedPool
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class KvCache:
@@ -24,7 +24,7 @@ class KvCache:
         self.geometry = geometry
         self.heads = range(geometry.num_kv_heads) if heads is None else heads
         shape = (num_blocks, geometry.num_layers, 2, len(self.heads), geometry.block_tokens, geometry.head_size)
-        dtype = _DTYPES[geometry.dtype]
+        dtype = DTYPES[geometry.dtype]
         self.shared = SharedPool.create(shape, dtype, device) if shared else None
         self.pool: Tensor = (  # [N, L, 2, G, P, D], G: the heads held here
             torch.zeros(shape, dtype=dtype, device=device) if self.shared is None else self.shared.tensor

@@ -9,12 +9,12 @@ import torch
 from ..core.tickets import Geometry
 from ..kernels.build import BuildError, cuda_library
 from .executor import Executor
-from .kv_cache import KvCache, num_blocks_for
+from .kv_cache import DTYPES, KvCache, num_blocks_for
 from .models import Model, ModelConfig, Shard, load_model
 from .parallel.alone import Alone
 from .parallel.communicator import Communicator
 
-_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,13 +23,13 @@ from ..core.ids import SequenceId
 from ..core.request import Request
 from .continuous_batch import ContinuousBatch, StepResult
 from .engine import Engine
+from .kv_cache import DTYPES
 from .memory import GPU_LEAST, cpu_kv_bytes, default_swap_bytes, free_memory, kv_room, usable_bytes
 from .models import ModelConfig
 from .models.safetensors_file import SafetensorsDir
 from .policies import policy as policy_named
 from .sequence import Sequence
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _LIVING_PER_PLACE = 4  # sequences in the batch's care: enough for its policy to choose among, few enough for memory
 
 
@@ -197,10 +197,10 @@ def _device(asked: str) -> torch.device:
 
 def _run_dtype(asked: str, config: ModelConfig) -> torch.dtype:
     if asked == "auto":
-        return config.dtype if config.dtype in _DTYPES.values() else torch.bfloat16
-    if asked not in _DTYPES:
-        raise ConfigError(f"dtype is {asked!r}: it must be auto, {' or '.join(_DTYPES)}")
-    return _DTYPES[asked]
+        return config.dtype if config.dtype in DTYPES.values() else torch.bfloat16
+    if asked not in DTYPES:
+        raise ConfigError(f"dtype is {asked!r}: it must be auto, {' or '.join(DTYPES)}")
+    return DTYPES[asked]
 
 
 def _mib(num_bytes: int) -> str:

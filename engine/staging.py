@@ -33,9 +33,9 @@ class Staging:
 
     def send(self, arrays: Seq[Array]) -> list[Tensor]:
         """f32, f64, i32 and i64 arrays of any shape, which nobody changes after: on a CPU their memory is shared."""
-        arrays = [np.ascontiguousarray(array) for array in arrays]
         if self._device.type == "cpu":
             return [torch.from_numpy(array) for array in arrays]
+        arrays = [np.ascontiguousarray(array) for array in arrays]
         starts, size = [], 0
         for array in arrays:
             starts.append(size)

@@ -45,8 +45,8 @@ class StepInput:
         return b"".join([_LENGTHS.pack(*map(len, arrays)), *(_padded(array.tobytes()) for array in arrays)])
 
     @classmethod
-    def from_bytes(cls, data: bytes | memoryview) -> "StepInput":
-        """Views of `data`, read-only."""
+    def from_bytes(cls, data: bytes | bytearray | memoryview) -> "StepInput":
+        """Views of `data`."""
         offset, arrays = _LENGTHS.size, []
         for (_, dtype), length in zip(_FIELDS, _LENGTHS.unpack_from(data), strict=True):
             arrays.append(np.frombuffer(data, dtype, length, offset))

@@ -1,12 +1,15 @@
 """How one worker is set up, and how its two processes start.
 
-A worker is a service process and a rank process of one host. cluster/ starts both with the same WorkerConfig:
+A worker is, on one host, a service process and a rank process, or several, each with a part of the model. cluster/
+starts all with the same WorkerConfig:
 
 - the rank: `run(config, inbox)` of prefill_worker/rank.py, decode_worker/rank.py or colocated_worker/rank.py, in a
   thread of a process that serves no gRPC. It makes the ring's files in `ring_dir`, loads the model (progress goes over
   the ring), and steps until the service says stop. An error that it raises ends this life of the worker. Beside it,
   each call of a peer rank does `kv_transfer.inbox.deliver(inbox, message, handles)` with the same `Inbox()`: the rank
   is a Ray actor named `config.inbox` in the namespace "baton" whose method `deliver(message, handles)` does just that.
+- each other rank: `worker.gang.follow(config, invitation, loaded)`, with what the first one gave for it to its `gang`.
+  It follows the first one's steps until that one says stop; an error of any of them ends this life of the worker.
 - the service: `await worker.service.serve(config, stop, ready, progress)`, in an asyncio process. It waits for the
   ring's files, then for the rank, then registers and serves until `stop` is set; WorkerLost when the rank dies.
 
@@ -30,7 +33,8 @@ class WorkerConfig:
     model_name: str  # as clients call it
     dtype: str = "bfloat16"  # or "float32"
     device: str = "cpu"  # as torch names it
-    kv_bytes: int = 1 << 28
+    tp: int = 1  # tensor-parallel ranks
+    kv_bytes: int = 1 << 28  # of each rank
     block_tokens: int = 16
     max_model_len: int | None = None  # None: what the model's configuration says
     max_batch: int = 64  # sequences in a step

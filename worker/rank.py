@@ -13,12 +13,14 @@ from ..core.frames import WorkerStatus
 from ..core.request import Load
 from ..engine.continuous_batch import ContinuousBatch
 from ..engine.engine import Engine
+from ..engine.parallel.follower import Followers
 from ..engine.policies import policy
 from ..kv_transfer.inbox import Inbox
 from ..kv_transfer.pool import Blocks
 from ..kv_transfer.rank_pools import whole_blocks
 from ..kv_transfer.transport import Transport
 from .config import WorkerConfig
+from .gang import Gang, dtype_of, lead
 from .lending import Identity
 from .loop import Role, StepLoop
 from .outbox import Outbox
@@ -30,7 +32,6 @@ from .roster import Limits
 MakeTransport: TypeAlias = Callable[[Blocks], AbstractContextManager[Transport]]
 
 _PROGRESS_S = 0.1
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,22 +84,28 @@ class Rank:
 
 
 @contextmanager
-def start(config: WorkerConfig, inbox: Inbox, make_transport: MakeTransport) -> Iterator[Rank]:
-    """Raises ConfigError where the model or its memory can't be had as configured."""
+def start(
+    config: WorkerConfig, inbox: Inbox, make_transport: MakeTransport, gang: Gang | None = None
+) -> Iterator[Rank]:
+    """gang: the ranks that hold the other parts of the model. Raises ConfigError where the model or its memory can't be
+    had as configured, RankLost."""
     rings = RingPair.for_rank(config.ring_dir, config.ring_name)
     try:
-        engine = _engine(config, rings)
-        with make_transport(whole_blocks(engine.rank_pools, engine.rank_heads)) as transport:
-            yield Rank(
-                config=config,
-                rings=rings,
-                inbox=inbox,
-                engine=engine,
-                batch=_batch(config, engine),
-                transport=transport,
-                outbox=Outbox(rings.outgoing),
-                reporter=Reporter(rings.outgoing),
-            )
+        with lead(config, gang) as followers:
+            engine = _engine(config, rings, followers)
+            if gang is not None:
+                engine.open_pools(gang.pools())
+            with make_transport(whole_blocks(engine.rank_pools, engine.rank_heads)) as transport:
+                yield Rank(
+                    config=config,
+                    rings=rings,
+                    inbox=inbox,
+                    engine=engine,
+                    batch=_batch(config, engine),
+                    transport=transport,
+                    outbox=Outbox(rings.outgoing),
+                    reporter=Reporter(rings.outgoing),
+                )
     finally:
         inbox.wakeup.close()
         rings.unlink()
@@ -113,10 +120,8 @@ def _batch(config: WorkerConfig, engine: Engine) -> ContinuousBatch:
     return ContinuousBatch(engine, chosen, step_tokens=config.step_tokens, swap_bytes=config.swap_bytes)
 
 
-def _engine(config: WorkerConfig, rings: RingPair) -> Engine:
-    if config.dtype not in _DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, not {config.dtype!r}")
-    due = 0.0
+def _engine(config: WorkerConfig, rings: RingPair, followers: Followers | None) -> Engine:
+    dtype, due = dtype_of(config), 0.0
 
     def progress(loaded: int, total: int) -> None:
         nonlocal due
@@ -128,7 +133,7 @@ def _engine(config: WorkerConfig, rings: RingPair) -> Engine:
     try:
         return Engine.build(
             config.model_dir,
-            _DTYPES[config.dtype],
+            dtype,
             torch.device(config.device),
             config.kv_bytes,
             config.block_tokens,
@@ -136,6 +141,7 @@ def _engine(config: WorkerConfig, rings: RingPair) -> Engine:
             config.max_batch,
             config.threads,
             progress,
+            followers,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

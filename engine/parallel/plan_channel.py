@@ -116,7 +116,7 @@ class PlanReader:
             self._fence()
             slot = self._slots[self._count % _NUM_SLOTS]
             kind, size = _HEADER.unpack_from(slot)
-            parts.append(bytes(slot[_HEADER.size : _HEADER.size + size]))
+            parts.append(bytearray(slot[_HEADER.size : _HEADER.size + size]))  # torch warns of what is read-only
             self._fence()
             self._count += 1
             self._taken[0] = self._count
@@ -124,7 +124,7 @@ class PlanReader:
             if kind == _STOP:
                 return None
             if kind == _STEP:
-                return StepInput.from_bytes(parts[0] if len(parts) == 1 else b"".join(parts))
+                return StepInput.from_bytes(parts[0] if len(parts) == 1 else bytearray().join(parts))
 
     def close(self) -> None:
         self._waiter.close()

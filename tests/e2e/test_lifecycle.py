@@ -124,7 +124,7 @@ def test_a_start_that_is_interrupted_leaves_nothing_behind(
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--redis-url", "redis://127.0.0.1:1/0"], "127.0.0.1:1"),
         (["--kv-memory", "1KiB"], "kv-memory"),
-        (["--tp", "2"], "tp"),
+        (["--tp", "3"], "--tp is 3: 4 heads do not split evenly"),
         (["--prefill", "0"], "prefill"),
     ],
 )

@@ -56,7 +56,7 @@ def test_an_empty_file_and_an_empty_variable_say_nothing(tmp_path: Path) -> None
         ({"decode": "many"}, {}, None, "--decode is 'many'"),
         ({"kv_memory": "lots"}, {}, None, "512MiB"),
         ({"dtype": "int4"}, {}, None, "auto, bfloat16, float32"),
-        ({"tp": "2"}, {}, None, "leave it at 1"),
+        ({"tp": "0"}, {}, None, "--tp"),
         ({"block_tokens": "24"}, {}, None, "multiple of 16 from 16 to 256"),
         ({"block_tokens": "7"}, {}, None, "multiple of 16 from 16 to 256"),
         ({}, {"BATON_FROB": "1"}, None, "BATON_FROB. Known are"),

@@ -11,7 +11,7 @@ from baton.cluster.plan import count_gpus, gpu_share
 from baton.cluster.preflight import ModelSize
 from baton.core.errors import ConfigError
 
-SIZE = ModelSize(max_position_embeddings=4096, dtype="bfloat16", weight_bytes=12 << 20, kv_bytes_per_token=4096)
+SIZE = ModelSize(max_position_embeddings=4096, dtype="bfloat16", rank_weight_bytes=12 << 20, kv_bytes_per_token=4096)
 LLAMA = {
     "num_attention_heads": 8,
     "hidden_size": 512,

@@ -1,0 +1,131 @@
+"""How the ranks of one worker find each other, work together and end.
+
+    rank 0       invite -> load its part -> map the others' pools -> lead: every step of its loop is theirs too
+    each other   join   -> load its part -> give its pool's handle -> follow, until rank 0 says that it was the last
+
+All are processes of one host. Who starts them, and ends them all when one dies, is cluster/'s to know.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..core.errors import ConfigError
+from ..engine.kv_cache import DTYPES
+from ..engine.loading import load_part
+from ..engine.parallel.communicator import Communicator, RankLost
+from ..engine.parallel.follower import Follower, Followers
+from ..engine.parallel.nccl import Nccl
+from ..engine.parallel.plan_channel import PlanReader, PlanWriter
+from ..engine.parallel.rendezvous import Rendezvous
+from ..engine.parallel.shared_memory import SharedMemory
+from ..engine.parallel.shared_pool import PoolHandle
+from .config import WorkerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """What one rank must know to join rank 0. Good for one life, on this host."""
+
+    rank: int
+    meeting: str  # on GPUs a rendezvous's url, on the CPU the shared memory's address
+    plans: str  # for PlanReader.join
+    kv_bytes: int  # of each rank
+
+
+class Gang(Protocol):
+    """The other ranks of a worker, as rank 0 reaches them while all start."""
+
+    def invite(self, invitations: Sequence[Invitation]) -> None:
+        """One for each, in the order of ranks 1, 2, ... They begin to join; waits for nothing."""
+
+    def pools(self) -> Sequence[PoolHandle]:
+        """In the same order, once all have loaded. Raises RankLost where one is not there in time."""
+
+
+@contextmanager
+def lead(config: WorkerConfig, gang: Gang | None) -> Iterator[Followers | None]:
+    """Rank 0's side, from before it loads to its last step. None: it is alone. Raises RankLost."""
+    assert (config.tp > 1) == (gang is not None), (config.tp, gang)
+    if gang is None:
+        yield None
+        return
+    plans = PlanWriter(config.tp - 1)
+    communicator: Communicator | None = None
+    try:
+        if _on_gpu(config):
+            meeting = f"file://{config.ring_dir / config.ring_name}.meeting"  # a folder that only its owner may enter
+            gang.invite(_invitations(config, meeting, plans))  # first: NCCL's ranks wait for each other
+            communicator = _nccl(meeting, 0, config)
+        else:
+            shared = communicator = SharedMemory.create(config.tp)
+            gang.invite(_invitations(config, shared.address, plans))
+        yield Followers(communicator, plans)
+        with suppress(RankLost):  # at the end nobody misses it
+            plans.stop()
+            communicator.barrier()
+    finally:
+        plans.close()
+        if communicator is not None:
+            communicator.close()
+
+
+def follow(config: WorkerConfig, invitation: Invitation, loaded: Callable[[PoolHandle], None]) -> None:
+    """Another rank's life. `loaded` is told its pool's handle. Raises RankLost when a rank has died, ConfigError for
+    what a person must mend."""
+    rank, device = invitation.rank, torch.device(config.device)
+    plans = PlanReader.join(invitation.plans, rank, config.tp)
+    try:
+        if _on_gpu(config):
+            communicator: Communicator = _nccl(invitation.meeting, rank, config)
+        else:
+            communicator = SharedMemory.join(invitation.meeting, rank, config.tp)
+        try:
+            part = load_part(
+                config.model_dir,
+                dtype_of(config),
+                device,
+                invitation.kv_bytes,
+                config.block_tokens,
+                config.max_model_len,
+                config.threads,
+                communicator=communicator,
+            )
+            assert part.kv_cache.shared is not None, "a pool that rank 0 can't map"
+            loaded(part.kv_cache.shared.handle)
+            Follower(part.executor(config.max_batch), plans, communicator, device).run()
+            communicator.barrier()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        finally:
+            communicator.close()
+    finally:
+        plans.close()
+
+
+def dtype_of(config: WorkerConfig) -> torch.dtype:
+    """Raises ConfigError."""
+    if config.dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {config.dtype!r}")
+    return DTYPES[config.dtype]
+
+
+def _invitations(config: WorkerConfig, meeting: str, plans: PlanWriter) -> list[Invitation]:
+    ranks = range(1, config.tp)
+    return [
+        Invitation(rank, meeting, address, config.kv_bytes)
+        for rank, address in zip(ranks, plans.addresses, strict=True)
+    ]
+
+
+def _on_gpu(config: WorkerConfig) -> bool:
+    return torch.device(config.device).type == "cuda"
+
+
+def _nccl(url: str, rank: int, config: WorkerConfig) -> Nccl:
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # its sockets ask nobody who he is
+    return Nccl(Rendezvous(url, rank, config.tp), torch.device("cuda", torch.cuda.current_device()))
