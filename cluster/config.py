@@ -132,7 +132,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("step_tokens", _count(16, 65536), "tokens of one step, prompts' among them (default: 512)", "N"),
     Setting("policy", _one_of(*POLICIES), f"who goes first: {', '.join(POLICIES)} (default: {DEFAULT_POLICY})", "NAME"),
     Setting("block_tokens", _block_tokens, "tokens of one KV block, a multiple of 16 (default: 16)", "N"),
-    Setting("dtype", _one_of("auto", "bfloat16", "float32"), "auto (the model's), bfloat16 or float32", "DTYPE"),
+    Setting(
+        "dtype",
+        _one_of("auto", "bfloat16", "float32"),
+        "auto (the model's; float32 on a CPU without bfloat16), bfloat16 or float32",
+        "DTYPE",
+    ),
     Setting("device", _one_of("auto", "cpu", "cuda"), "auto (GPUs if there are any), cpu or cuda", "DEVICE"),
     Setting("threads", _count(1, 256), "CPU threads of each worker (default: 1)", "N"),
     Setting("host", parse_text, "address to listen on (default: 127.0.0.1; 0.0.0.0 lets others in)", "HOST"),

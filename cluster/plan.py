@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..core.errors import ConfigError
 from ..core.ids import Epoch, WorkerId
+from ..engine.cpu import computes_bfloat16
 from ..engine.memory import free_memory
 from ..router.config import RouterConfig
 from ..text.model_source import served_name
@@ -123,7 +124,9 @@ def plan_cluster(config: ServeConfig, model_dir: Path, api_keys: tuple[str, ...]
     """Raises ConfigError when the model, the context or the memory does not work out."""
     num_gpus = count_gpus(config.device)
     preflight.check_gpus(config, num_gpus)
-    size = preflight.measure_model(model_dir, config.dtype, config.tp)
+    # A model in bfloat16 is no use on a CPU that would take ten times as long for it.
+    dtype = "float32" if config.dtype == "auto" and not num_gpus and not computes_bfloat16() else config.dtype
+    size = preflight.measure_model(model_dir, dtype, config.tp)
     context = preflight.settle_context(config, size)
     free_bytes = free_memory()
     kv_bytes = config.kv_memory or 0

@@ -22,6 +22,7 @@ from ..core.errors import ConfigError, Unavailable
 from ..core.ids import SequenceId
 from ..core.request import Request
 from .continuous_batch import ContinuousBatch, StepResult
+from .cpu import computes_bfloat16
 from .engine import Engine
 from .kv_cache import DTYPES
 from .memory import GPU_LEAST, cpu_kv_bytes, default_swap_bytes, free_memory, kv_room, usable_bytes
@@ -59,14 +60,15 @@ class Offline:
         threads: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Self:
-        """Load a model. "auto" is the checkpoint's dtype, and a GPU where there is one. kv_bytes None: a part of what
+        """Load a model. "auto" is the checkpoint's dtype, or float32 on a CPU that has no bfloat16, and a GPU where
+        there is one. kv_bytes None: a part of what
         is free; a part of the host's memory, too, takes the KV of preempted sequences. The rest as `Engine.build` takes
         it. Raises ConfigError in words for whoever wrote the call."""
         try:
             order = policy_named(policy)
             config = ModelConfig.from_dir(model_dir)
-            runs = _run_dtype(dtype, config)
             where = _device(device)
+            runs = _run_dtype(dtype, config, where)
             context = max_model_len or config.max_position_embeddings
             room = settle_kv_bytes(model_dir, config, runs, where, kv_bytes, -(-context // block_tokens) * block_tokens)
             engine = Engine.build(
@@ -195,8 +197,10 @@ def _device(asked: str) -> torch.device:
     return found
 
 
-def _run_dtype(asked: str, config: ModelConfig) -> torch.dtype:
+def _run_dtype(asked: str, config: ModelConfig, device: torch.device) -> torch.dtype:
     if asked == "auto":
+        if device.type == "cpu" and not computes_bfloat16():
+            return torch.float32
         return config.dtype if config.dtype in DTYPES.values() else torch.bfloat16
     if asked not in DTYPES:
         raise ConfigError(f"dtype is {asked!r}: it must be auto, {' or '.join(DTYPES)}")

@@ -38,6 +38,39 @@ def test_a_model_is_measured_from_its_files(tmp_path: Path) -> None:
     assert (size.dtype, size.kv_bytes_per_token) == ("bfloat16", 4 * 2 * 2 * 32 * 2)
 
 
+def test_ranks_share_the_weights_and_repeat_what_does_not_split(tmp_path: Path) -> None:
+    parts = {"architectures": ["LlamaForCausalLM"], "vocab_size": 1000, "intermediate_size": 2048}
+    write_model(tmp_path, **parts)
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 10_000_000)
+    one, two, four, eight = (preflight.measure_model(tmp_path, "auto", tp) for tp in (1, 2, 4, 8))
+    assert one.weight_bytes == 10_000_000
+    assert 5_000_000 < two.rank_weight_bytes < 5_010_000  # the norms are on both
+    assert two.weight_bytes == 2 * two.rank_weight_bytes
+    assert one.kv_bytes_per_token == two.kv_bytes_per_token
+    assert four.kv_bytes_per_token == 2 * one.kv_bytes_per_token  # of two KV heads each is on two ranks
+    assert four.rank_weight_bytes > two.rank_weight_bytes / 2
+    assert eight.kv_bytes_per_token == 4 * one.kv_bytes_per_token
+    with pytest.raises(ConfigError, match="--tp is 3: 8 heads do not split evenly over 3 ranks"):
+        preflight.measure_model(tmp_path, "auto", 3)
+
+
+def test_each_rank_more_costs_its_process() -> None:
+    free = 3 << 30
+    assert preflight.settle_kv_bytes(ServeConfig(tp=2), SIZE, 4096, free) < preflight.settle_kv_bytes(
+        ServeConfig(), SIZE, 4096, free
+    )
+    with pytest.raises(ConfigError, match=r"2 workers x .* 1\.3 GiB\) \+ "):
+        preflight.settle_kv_bytes(ServeConfig(tp=4), SIZE, 4096, 1 << 30)
+
+
+def test_ranks_of_a_worker_do_not_share_a_gpu() -> None:
+    for tp, gpus in [(1, 1), (2, 4), (2, 8), (2, 0)]:  # 0: on the CPU
+        preflight.check_gpus(ServeConfig(tp=tp), gpus)
+    with pytest.raises(ConfigError, match="2 workers of 2 ranks need 4 GPUs, and here are 2: .*--both 1"):
+        preflight.check_gpus(ServeConfig(tp=2), 2)
+    preflight.check_gpus(ServeConfig(tp=2, prefill=0, decode=0, both=1), 2)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"num_attention_heads": "x"}'])
 def test_a_config_that_is_none_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
