@@ -73,7 +73,7 @@ class ColocatedRole:
 
     def state(self, *, drain: bool = False) -> RoleState:
         self._answers.roster.draining |= drain
-        return RoleState(self._answers.load(), len(self._answers.roster), unused_slots=self._batch.unused_slots())
+        return RoleState(self._answers.load(), len(self._answers.roster))
 
     def survey(self) -> Survey:
         return Survey(tuple(self._batch.holders()), self._answers.roster.next_deadline())

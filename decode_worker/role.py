@@ -114,7 +114,7 @@ class DecodeRole:
     def state(self, *, drain: bool = False) -> RoleState:
         self._answers.roster.draining |= drain
         remaining = len(self._answers.roster) + self._landing.open_reservations()
-        return RoleState(self._answers.load(), remaining, unused_slots=self._batch.unused_slots())
+        return RoleState(self._answers.load(), remaining)
 
     def survey(self) -> Survey:
         deadlines = (self._answers.roster.next_deadline(), self._landing.next_deadline())

@@ -46,6 +46,11 @@ class Accounts:
         """The lower, the sooner a fair policy serves it."""
         return self.levels.get(tenant, self.floor)
 
+    @property
+    def even(self) -> bool:
+        """All are at the floor."""
+        return all(level == self.floor for level in self.levels.values())
+
     def charged(self, costs: Mapping[str, float], waiting: Collection[str]) -> "Accounts":
         """The accounts after a step. Takes time by the tenants that take part or are in debt, not by all there were.
 

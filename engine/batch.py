@@ -59,6 +59,7 @@ class DeviceTables:
         self._workspace = Workspace()
         self._staging = Staging(pool.device)
         self._tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=pool.device)  # [R, W]
+        self._flat_tables = self._tables.view(-1)
         self._last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=pool.device)  # [R]
 
     def accept(self, rows: Tensor, token_ids: Tensor) -> None:
@@ -95,11 +96,11 @@ class DeviceTables:
         )
         chunk_rows, chunk_ids, wanted = of_chunks
         if len(step.table_at):
-            self._tables.view(-1).index_copy_(0, at, blocks)
+            self._flat_tables.index_copy_(0, at, blocks)
         if len(step.token_rows):
             self._last_tokens.index_copy_(0, token_rows, token_ids)
         last_tokens = self._last_tokens.index_select(0, decode_rows)
-        slots = offsets.add(self._tables.view(-1).index_select(0, places), alpha=self._pool.shape[4])
+        slots = offsets.add(self._flat_tables.index_select(0, places), alpha=self._pool.shape[4])
         width = int(columns[:num_decode].max()) + 1 if num_decode else 0
         return Batch(
             token_ids=torch.cat((last_tokens, chunk_ids)) if len(step.chunk_rows) else last_tokens,

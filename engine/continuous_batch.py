@@ -144,6 +144,7 @@ class ContinuousBatch:
 
     # One step
 
+    @torch.inference_mode()
     def step(self, now: float) -> StepResult | None:
         """Take in what has finished, and run one step. None: nothing was there to do."""
         begin = perf_counter()
@@ -247,7 +248,7 @@ class ContinuousBatch:
     # Launching
 
     def _launch(self, plan: StepPlan) -> Flight:
-        if plan.chunks or self._residents.waiting.tenants:  # while nobody waits nobody owes anything
+        if self._residents.num_tenants > 1 or not self._turns.even:  # one alone stays even, whatever it is served
             self._turns.charge(self._rows.costs(plan.decode, plan.chunks), self._residents.waiting.tenants.keys())
         step, flight = build_step(plan, self._rows, self._make_room(plan), perf_counter())
         flight.logits = self._engine.executor.forward(step)

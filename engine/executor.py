@@ -1,6 +1,5 @@
 """Carries a step out on one device: forward, then, apart from it, what was sampled."""
 
-import torch
 from torch import Tensor
 
 from .batch import DeviceTables
@@ -13,8 +12,8 @@ from .step_input import StepInput
 class Executor:
     """One model over one pool, and the tables that feed it. The one way through the model.
 
-    Nothing here waits for the device. Two steps may be under way: the stream keeps their order, and a decoding row
-    reads the token that the step before it sampled where that left it.
+    Called in inference mode. Nothing here waits for the device. Two steps may be under way: the stream keeps their
+    order, and a decoding row reads the token that the step before it sampled where that left it.
     """
 
     def __init__(self, model: Model, kv_cache: KvCache, max_rows: int, max_blocks: int) -> None:
@@ -26,7 +25,6 @@ class Executor:
     def staging(self) -> Staging:
         return self._tables.staging
 
-    @torch.inference_mode()
     def forward(self, step: StepInput) -> Tensor:
         """Writes the KV of the step's tokens.    -> logits [S', vocab] of those that are wanted."""
         if len(step.copy_from):
@@ -34,7 +32,7 @@ class Executor:
         return self._model.forward(self._tables.batch(step), self._kv_cache.pool)
 
     def accept(self, rows: Tensor, token_ids: Tensor) -> None:
-        """What was sampled for these rows: their next step reads it. In inference mode, like all that is sampled.
+        """What was sampled for these rows: their next step reads it.
 
         rows [S] i64, token_ids [S] i64.
         """

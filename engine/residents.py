@@ -84,6 +84,8 @@ class Residents:
         """Give places to those that are ready, and blocks to those whose turn it is; gives these."""
         while self._ready and self._rows.free_count:
             self._seat(self._ready.pop(next(iter(self._ready))))
+        if not (self._rows.free_count or self.waiting.landing):
+            return []  # whoever waits needs a row
         if not self.waiting.settle(self._engine.ledger.available):
             return []
         started: list[Sequence] = []
@@ -171,8 +173,10 @@ class Residents:
         """The one way out. Its blocks come back now, or when the step that has its row is over."""
         key = member.seq.sequence_id
         del self._members[key]
-        self._tenants[member.seq.tenant] -= 1
-        self._tenants += Counter()  # forgets those that have none left
+        tenant = member.seq.tenant
+        self._tenants[tenant] -= 1
+        if not self._tenants[tenant]:
+            del self._tenants[tenant]
         self.waiting.remove(member)
         self._reserved.pop(key, None)
         self._ready.pop(key, None)
@@ -213,6 +217,10 @@ class Residents:
     def running(self) -> int:
         """Rows taken."""
         return self._engine.max_batch - self._rows.free_count
+
+    @property
+    def num_tenants(self) -> int:
+        return len(self._tenants)
 
     @property
     def seatless(self) -> int:

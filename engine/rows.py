@@ -41,6 +41,7 @@ class Rows:
         self._since = np.zeros(max_rows, np.int64)  # rises from one sequence to the next
         self._tenant = np.zeros(max_rows, np.int64)
         self._taken = 0
+        self._reading = True  # some row may have tokens of its prompt ahead
         self._free = list(range(max_rows - 1, -1, -1))
         self._table_at: list[int] = []
         self._table_blocks: list[BlockId] = []
@@ -64,6 +65,7 @@ class Rows:
         self.flying[row] = 0
         self.live[row] = self.runs[row] = True
         self._taken += 1
+        self._reading = True
         self._since[row] = self._taken
         self._tenant[row] = self._tenants.setdefault(seq.tenant, len(self._tenants))
         self.borrows[row] = borrows
@@ -115,14 +117,15 @@ class Rows:
         chunked = self.chunked[rows]
         if chunked.any():
             chunked &= self.launched[rows] < self.prompt[rows]
-        if chunked.any() or (lacking > 1).any():
+        self._reading = bool(chunked.any() or (lacking > 1).any())
+        if self._reading:
             order = np.argsort(self._since[rows])
             rows, lacking, chunked = rows[order], lacking[order], chunked[order]
         return rows.astype(np.int32), lacking, chunked  # where all decode their order does not matter
 
     def tokens_ahead(self) -> int:
         """Of prompts, still to be computed."""
-        return int(np.maximum(self.prompt - self.launched, 0)[self.live].sum())
+        return int(np.maximum(self.prompt - self.launched, 0)[self.live].sum()) if self._reading else 0
 
     def unused_slots(self, block_tokens: int) -> int:
         """Places for tokens in the rows' blocks that hold none. Only last blocks have some, and these are not shared

@@ -5,7 +5,6 @@ the host must know of the tokens before is brought up to date by `settle`, which
 """
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .engine import Engine
@@ -46,7 +45,6 @@ class SamplingStage:
                 if row in edited and token >= 0:
                     self._table.add(row, token)
 
-    @torch.inference_mode()
     def launch(self, flight: Flight) -> None:
         """Choose a token for each row of a step that was launched; nothing here waits for it."""
         logits, flight.logits = flight.logits, None

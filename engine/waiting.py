@@ -28,6 +28,11 @@ class Turns:
         """What one step has done for each tenant. waiting: tenants with a sequence that wants to run and does not."""
         self._accounts = self._accounts.charged(costs, waiting)
 
+    @property
+    def even(self) -> bool:
+        """No tenant is owed anything, and none owes."""
+        return self._accounts.even
+
     def ended(self, member: Member) -> None:
         """An answer is complete: the next ones are predicted from it."""
         self._predictor.ended(member.seq.tenant, len(member.seq.tokens))
@@ -53,6 +58,7 @@ class WaitingList:
         self._available = 0
         self.tokens = 0  # of their prompts that are to be computed here
         self.tenants: Counter[str] = Counter()
+        self.landing = 0  # of them, that need no row to start
 
     def __len__(self) -> int:
         return len(self._members)
@@ -65,11 +71,13 @@ class WaitingList:
         self._stirred = True
         self.tokens += _tokens_ahead(member)
         self.tenants[member.seq.tenant] += 1
+        self.landing += member.lands
 
     def remove(self, member: Member) -> None:
         """Of one that does not wait: nothing."""
         if self._members.pop(member.seq.sequence_id, None) is not None:
             self.tokens -= _tokens_ahead(member)
+            self.landing -= member.lands
             tenant = member.seq.tenant
             self.tenants[tenant] -= 1
             if not self.tenants[tenant]:

@@ -137,7 +137,6 @@ class PrefillRole:
             load,
             len(self._roster) + self._lending.open_loans(),
             lent_blocks=self._lending.lent_blocks(),
-            unused_slots=self._batch.unused_slots(),
         )
 
     def survey(self) -> Survey:

@@ -108,7 +108,16 @@ class Worker:
             load=Load(),
         )
         self.loop = StepLoop(
-            self.role, self.rank_rings, self.inbox, outbox, reporter, engine.ledger, self.transport, status, clock
+            self.role,
+            self.rank_rings,
+            self.inbox,
+            outbox,
+            reporter,
+            engine.ledger,
+            self.transport,
+            status,
+            batch.unused_slots,
+            clock,
         )
 
     def send(self, *commands: Command, link: int = 1) -> None:

@@ -43,7 +43,6 @@ class RoleState:
     load: Load
     remaining: int  # sequences, loans and reservations that are not over
     lent_blocks: int = 0  # held, and announced to a peer
-    unused_slots: int = 0  # places for tokens in held blocks that hold none
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +88,10 @@ class StepLoop:
         ledger: Ledger,
         transport: Transport,
         status: WorkerStatus,
+        unused_slots: Callable[[], int],
         clock: Callable[[], float] = monotonic,
     ) -> None:
+        """status: what never changes of it. unused_slots: places for tokens in held blocks that hold none."""
         self._role = role
         self._rings = rings
         self._inbox = inbox
@@ -98,7 +99,8 @@ class StepLoop:
         self._reporter = reporter
         self._ledger = ledger
         self._transport = transport
-        self._status = status  # what never changes of it
+        self._status = status
+        self._unused_slots = unused_slots
         self._clock = clock
         self._started = clock()
         self._answers: list[Record] = []
@@ -117,9 +119,12 @@ class StepLoop:
 
     def turn(self) -> tuple[bool, bool]:
         """One round. Gives whether a step ran, and whether everything that was to be said went out."""
-        for data in self._rings.incoming.take():
-            self._take(Record.parse(data))
-        self._inbox.wakeup.clear()
+        ready = {fd for fd, _ in self._poll.poll(0)}  # one call of the kernel, where two would find nothing
+        if self._rings.incoming.fd in ready:
+            for data in self._rings.incoming.take():
+                self._take(Record.parse(data))
+        if self._inbox.wakeup.fd in ready:
+            self._inbox.wakeup.clear()
         now = self._clock()
         for delivery in self._inbox.drain():
             self._role.deliver(delivery, now)
@@ -168,7 +173,7 @@ class StepLoop:
             return False
         self._reporter.gauges(state.load, self._ledger.cached_count, self._ledger.held_count)
         if self._reporter.due(now):
-            self._reporter.flush(now, state.lent_blocks, state.unused_slots)
+            self._reporter.flush(now, state.lent_blocks, self._unused_slots())
         return True
 
     def _sleep(self, sent: bool) -> None:
@@ -194,7 +199,7 @@ class StepLoop:
             violations=(*ledger.violations(), *unaccounted(ledger, survey.holders)),
             transport_objects=self._transport.living(),
             pinned_blocks=len(survey.blocks_in(PINNED)),
-            unused_slots=self._role.state().unused_slots,
+            unused_slots=self._unused_slots(),
         )
 
     def _status_now(self) -> WorkerStatus:

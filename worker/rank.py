@@ -80,7 +80,17 @@ class Rank:
             load=Load(),
         )
         self.rings.outgoing.put(*Record(Kind.READY, 0, encode(ready)).parts())
-        StepLoop(role, self.rings, self.inbox, self.outbox, self.reporter, engine.ledger, self.transport, status).run()
+        StepLoop(
+            role,
+            self.rings,
+            self.inbox,
+            self.outbox,
+            self.reporter,
+            engine.ledger,
+            self.transport,
+            status,
+            self.batch.unused_slots,
+        ).run()
 
 
 @contextmanager

@@ -18,14 +18,19 @@ def tag_of(link: int, request: Request) -> int:
 def give_tokens(outbox: Outbox, roster: Roster[M], chosen: Chosen) -> list[Sequence]:
     """Gives the sequences whose first token it is. Those of a sequence with a tag (`tag_of`) go as columns, but for the
     first, which has more to say."""
-    links = chosen.tags >> _NUMBER_BITS
     plain = (chosen.tags != 0) & (chosen.positions > 0)
-    for link in set(links[plain].tolist()):
-        of_link = plain & (links == link)
-        numbers = chosen.tags[of_link] & ((1 << _NUMBER_BITS) - 1)
-        columns = (numbers, chosen.positions[of_link], chosen.token_ids[of_link])
-        outbox.step_tokens(link, *(column.tolist() for column in columns))
+    columns = [chosen.tags, chosen.positions, chosen.token_ids]
+    if not plain.all():
+        columns = [column[plain] for column in columns]
+    links = columns[0] >> _NUMBER_BITS
+    columns[0] = columns[0] & ((1 << _NUMBER_BITS) - 1)
+    of_links = set(links.tolist())
+    for link in of_links:
+        of_link = columns if len(of_links) == 1 else [column[links == link] for column in columns]
+        outbox.step_tokens(link, *(column.tolist() for column in of_link))
     first: list[Sequence] = []
+    if len(links) == len(chosen):
+        return first
     for index in (~plain).nonzero()[0].tolist():
         sequence, position = chosen.sequences[index], int(chosen.positions[index])
         member = roster.get(sequence.sequence_id)

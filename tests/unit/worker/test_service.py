@@ -88,7 +88,7 @@ def event_loop_policy(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 async def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Running, Running]]:
-    monkeypatch.setattr("baton.worker.rank._engine", lambda config, rings: fake_engine())
+    monkeypatch.setattr("baton.worker.rank._engine", lambda config, rings, _followers: fake_engine())
     hub = Hub()
     with ThreadPoolExecutor(4) as threads:
         async with worker(tmp_path, "prefill", hub, threads) as p, worker(tmp_path, "decode", hub, threads) as d:
