@@ -89,13 +89,13 @@ class Traffic:
     def running(self) -> int:
         return self._worker.role.state().load.running
 
-    def turn(self, profile: cProfile.Profile | None = None) -> tuple[float, float]:
-        """One turn of the worker's loop, and what all others do after it. Gives the turn's seconds: wall, thread's."""
+    def turn(self, profile: cProfile.Profile | None = None) -> float:
+        """One turn of the worker's loop, and what all others do after it. Gives the turn's seconds."""
         if profile is not None:
             profile.enable()
-        begin, cpu = time.perf_counter(), time.thread_time()
+        begin = time.perf_counter()
         self._worker.loop.turn()
-        seconds = time.perf_counter() - begin, time.thread_time() - cpu
+        seconds = time.perf_counter() - begin
         if profile is not None:
             profile.disable()
         self._worker.crank.run()

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels.paged_attention import DecodePlan, Workspace, plan_decode
 from ..kernels.prefill_attention import PrefillPlan, plan_prefill
 from ..kernels.write_kv import plan_write
-from .staging import Staging
+from .staging import Array, Staging
 from .step_input import I64, StepInput
 
 
@@ -64,8 +64,7 @@ class DeviceTables:
 
     def accept(self, rows: Tensor, token_ids: Tensor) -> None:
         """The last tokens of these rows, as sampled.    rows [S] i64, token_ids [S] i64, on the device."""
-        # -1 says that there was nothing to choose from; the row ends, and until then it must not point outside.
-        self._last_tokens.index_copy_(0, rows, token_ids.clamp(min=0))
+        self._last_tokens.index_copy_(0, rows, token_ids)
 
     def batch(self, step: StepInput) -> Batch:
         """Takes the step's changes over; gives what the model needs.
@@ -78,39 +77,40 @@ class DeviceTables:
             rows = np.concatenate((rows, np.repeat(step.chunk_rows, step.chunk_counts)))
             positions = np.concatenate((positions, _runs(step.chunk_starts, step.chunk_counts)))
         columns = positions // self._pool.shape[4]
-        at, blocks, token_rows, token_ids, decode_rows, lens, there, places, offsets, *of_chunks = self._staging.send(
-            (
-                step.table_at,
-                step.table_blocks,
-                step.token_rows.astype(np.int64),
-                step.token_ids,
-                rows[:num_decode],
-                (step.decode_positions + 1).astype(np.int32),
-                positions,
-                rows * self._tables.shape[1] + columns,
-                positions - columns * self._pool.shape[4],
-                step.chunk_rows.astype(np.int64),
-                step.chunk_ids,
-                step.wanted,
-            )
-        )
-        chunk_rows, chunk_ids, wanted = of_chunks
+        arrays: list[Array] = [
+            rows[:num_decode],
+            (step.decode_positions + 1).astype(np.int32),
+            positions,
+            rows * self._tables.shape[1] + columns,
+            positions - columns * self._pool.shape[4],
+        ]
         if len(step.table_at):
-            self._flat_tables.index_copy_(0, at, blocks)
+            arrays += (step.table_at, step.table_blocks)
         if len(step.token_rows):
-            self._last_tokens.index_copy_(0, token_rows, token_ids)
+            arrays += (step.token_rows.astype(np.int64), step.token_ids)
+        if len(step.chunk_rows):
+            arrays += (step.chunk_rows.astype(np.int64), step.chunk_ids)
+        if len(step.wanted) < len(rows):
+            arrays.append(step.wanted)
+        decode_rows, lens, there, places, offsets, *others = self._staging.send(arrays)
+        sent = iter(others)
+        if len(step.table_at):
+            self._flat_tables.index_copy_(0, next(sent), next(sent))
+        if len(step.token_rows):
+            self._last_tokens.index_copy_(0, next(sent), next(sent))
+        chunk_rows, chunk_ids = (next(sent), next(sent)) if len(step.chunk_rows) else (None, None)
         last_tokens = self._last_tokens.index_select(0, decode_rows)
         slots = offsets.add(self._flat_tables.index_select(0, places), alpha=self._pool.shape[4])
         width = int(columns[:num_decode].max()) + 1 if num_decode else 0
         return Batch(
-            token_ids=torch.cat((last_tokens, chunk_ids)) if len(step.chunk_rows) else last_tokens,
+            token_ids=last_tokens if chunk_ids is None else torch.cat((last_tokens, chunk_ids)),
             positions=there,
             slots=slots,
             write_plan=plan_write(self._pool, slots),
             num_decode=num_decode,
             decode=self._decode(decode_rows, lens, width) if num_decode else None,
-            prefill=self._prefill(chunk_rows, step) if len(step.chunk_rows) else None,
-            wanted=None if len(step.wanted) == len(rows) else wanted,
+            prefill=None if chunk_rows is None else self._prefill(chunk_rows, step),
+            wanted=next(sent, None),
         )
 
     @property

@@ -175,7 +175,11 @@ def test_a_row_with_nan_or_inf_or_nothing_finite_gets_no_token(
                 fine = sample(logits, rows).to_host().result().token_ids
                 assert NO_TOKEN not in fine
                 logits[broken, place] = bad
-                found = sample(logits, rows).to_host().result().token_ids
+                drawn = sample(logits, rows)
+                assert 0 <= int(drawn.token_ids.min()) <= int(drawn.token_ids.max()) < vocab_size, (
+                    "the next step reads it"
+                )
+                found = drawn.to_host().result().token_ids
                 assert found == [*fine[:broken], NO_TOKEN, *fine[broken + 1 :]]
     assert choose(torch.full((6, vocab_size), -INF, dtype=dtype), params).token_ids == [NO_TOKEN] * 6
 
