@@ -8,7 +8,11 @@ from torch.nn import functional
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last axis, in float32 inside.    x [..., D], weight [D] -> [..., D] in x's dtype."""
     assert weight.shape == x.shape[-1:], (x.shape, weight.shape)
-    return functional.rms_norm(x, weight.shape, weight, eps)
+    if x.is_cuda or x.dtype != torch.float32:
+        return functional.rms_norm(x, weight.shape, weight, eps)
+    # torch's own is made of many operations on a CPU; these are few, and but one of them makes a tensor as large as x.
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return length.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_().mul(x).mul_(weight)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
