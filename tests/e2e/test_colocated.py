@@ -14,10 +14,11 @@ import torch
 from baton.v1 import inference_pb2 as pb
 from baton.v1 import inference_pb2_grpc
 
+from ..near_ties import NearTies
 from .cluster import Cluster, serve
 from .conftest import MODEL
 from .ledgers import assert_clean, workers
-from .test_equality import EPSILON, check, generate, prompts, reference_model
+from .test_equality import compare, generate, prompts, reference, reference_model
 
 AT_ONCE = 16
 PROMPT_TOKENS, NEW_TOKENS = 24, 130  # 10 blocks each at the end: four fill a pool, and seven are let in
@@ -56,12 +57,6 @@ def crowd() -> tuple[list[list[int]], list[list[int]]]:
     return asked, out[:, PROMPT_TOKENS:].tolist()
 
 
-def is_near_tie(tokens: list[int]) -> bool:
-    with torch.inference_mode():
-        best = reference_model()(torch.tensor([tokens])).logits[0, -1].topk(2).values
-    return float(best[0] - best[1]) < EPSILON
-
-
 def ask(cluster: Cluster, prompt: list[int], **sampling: object) -> list[int]:
     request = pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=prompt), sampling=pb.SamplingParams(ignore_eos=True, **sampling)
@@ -88,9 +83,10 @@ def test_greedy_tokens_of_a_worker_that_does_both_equal_those_of_transformers(co
     with grpc.insecure_channel(colocated.grpc_address) as channel, ThreadPoolExecutor(5) as pool:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         answers = list(pool.map(lambda index: generate(stub, index), chosen))
-    near_ties = sum(check(index, tokens) for index, tokens in zip(chosen, answers, strict=True))
-    print(f"{len(chosen)} prompts, {near_ties} near-ties under {EPSILON}")
-    assert near_ties <= 1
+    near_ties = NearTies()
+    for index, tokens in zip(chosen, answers, strict=True):
+        compare(near_ties, index, prompts()[index], tokens, reference(index))
+    near_ties.report("a worker that does both", most=1)
 
 
 def test_a_seed_draws_the_same_tokens_colocated_and_disaggregated(cluster: Cluster, colocated: Cluster) -> None:
@@ -112,14 +108,10 @@ def test_answers_that_were_preempted_equal_those_of_transformers(kind: str, requ
     with ThreadPoolExecutor(AT_ONCE) as pool:
         answers = list(pool.map(lambda prompt: ask(cluster, prompt, temperature=0, max_tokens=NEW_TOKENS), asked))
     counts = {way: after - before[way] for way, after in preemptions(cluster).items()}
-    near_ties = 0
-    for prompt, tokens, reference in zip(asked, answers, expected, strict=True):
-        if tokens != reference:
-            position = next(i for i, pair in enumerate(zip(tokens, reference, strict=True)) if pair[0] != pair[1])
-            assert is_near_tie(prompt + reference[:position]), f"differs at token {position}"
-            near_ties += 1
-    print(f"{kind}: preempted {counts}, {near_ties} near-ties under {EPSILON}")
-    assert near_ties <= 1
+    near_ties = NearTies()
+    for number, answer in enumerate(zip(asked, answers, expected, strict=True)):
+        compare(near_ties, number, *answer)
+    near_ties.report(f"{kind}, preempted {counts}", most=1)
     assert sum(counts.values()) > 0
     assert counts["swap"] > 0 or kind == "tight"
     assert counts["swap"] == 0 or kind == "colocated"

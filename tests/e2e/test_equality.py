@@ -12,11 +12,11 @@ import torch
 from baton.v1 import inference_pb2 as pb
 from baton.v1 import inference_pb2_grpc
 
+from ..near_ties import NearTies
 from .cluster import Cluster
 from .conftest import MODEL
 
 NEW_TOKENS = 24
-EPSILON = 1e-4  # two best logits closer than this are a tie: which one wins is rounding
 
 
 @cache
@@ -54,12 +54,10 @@ def reference(index: int) -> list[int]:
     return out[0, prompt.shape[1] :].tolist()
 
 
-def margin(index: int, position: int) -> float:
-    """How far the reference's two best logits lie apart where it chose its token `position`."""
-    tokens = prompts()[index] + reference(index)[:position]
+def logits_after(tokens: list[int]) -> list[float]:
+    """The reference's, [V]."""
     with torch.inference_mode():
-        best = reference_model()(torch.tensor([tokens])).logits[0, -1].topk(2).values
-    return float(best[0] - best[1])
+        return reference_model()(torch.tensor([tokens])).logits[0, -1].tolist()
 
 
 def generate(stub: inference_pb2_grpc.InferenceServiceStub, index: int) -> list[int]:
@@ -70,16 +68,9 @@ def generate(stub: inference_pb2_grpc.InferenceServiceStub, index: int) -> list[
     return [token for r in stub.Generate(request, timeout=120) for output in r.outputs for token in output.token_ids]
 
 
-def check(index: int, tokens: list[int]) -> int:
-    """1 if the answer left the reference at a near-tie, 0 if it is equal; anything else fails."""
-    expected = reference(index)
-    if tokens == expected:
-        return 0
-    assert len(tokens) == len(expected)
-    position = next(i for i, pair in enumerate(zip(tokens, expected, strict=True)) if pair[0] != pair[1])
-    gap = margin(index, position)
-    assert gap < EPSILON, f"prompt {index} differs at token {position}, where the reference's margin is {gap}"
-    return 1
+def compare(near_ties: NearTies, name: object, prompt: list[int], tokens: list[int], expected: list[int]) -> None:
+    """With the reference's greedy answer to that prompt."""
+    near_ties.compare(name, tokens, expected, lambda position: logits_after(prompt + expected[:position]))
 
 
 @pytest.mark.parametrize("at_once", [1, 16])
@@ -87,9 +78,10 @@ def test_greedy_tokens_equal_those_of_transformers(cluster: Cluster, at_once: in
     with grpc.insecure_channel(cluster.grpc_address) as channel, ThreadPoolExecutor(at_once) as pool:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         answers = list(pool.map(lambda index: generate(stub, index), range(50)))
-    near_ties = sum(check(index, tokens) for index, tokens in enumerate(answers))
-    print(f"{at_once} at once: 50 prompts, {near_ties} near-ties under {EPSILON}")
-    assert near_ties <= 2
+    near_ties = NearTies()
+    for index, tokens in enumerate(answers):
+        compare(near_ties, index, prompts()[index], tokens, reference(index))
+    near_ties.report(f"{at_once} at once", most=2)
 
 
 def test_with_a_repetition_penalty_too(cluster: Cluster) -> None:
@@ -106,7 +98,7 @@ def test_with_a_repetition_penalty_too(cluster: Cluster) -> None:
     with grpc.insecure_channel(cluster.grpc_address) as channel, ThreadPoolExecutor(8) as pool:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         answers = list(pool.map(answer, chosen))
-    near_ties = changed = 0
+    near_ties, changed = NearTies(), 0
     for index, tokens in zip(chosen, answers, strict=True):
         prompt = torch.tensor([asked[index]])
         out = reference_model().generate(
@@ -123,10 +115,6 @@ def test_with_a_repetition_penalty_too(cluster: Cluster) -> None:
         )
         expected = out.sequences[0, prompt.shape[1] :].tolist()
         changed += expected != reference(index)
-        if tokens != expected:
-            position = next(i for i, pair in enumerate(zip(tokens, expected, strict=True)) if pair[0] != pair[1])
-            best = out.scores[position][0].topk(2).values
-            assert float(best[0] - best[1]) < EPSILON, f"prompt {index} differs at token {position}"
-            near_ties += 1
-    assert near_ties <= 1
+        near_ties.compare(index, tokens, expected, lambda at, scores=out.scores: scores[at][0].tolist())
+    near_ties.report("with a repetition penalty", most=1)
     assert changed >= 5
