@@ -8,7 +8,7 @@ from typing import Any
 
 from baton.core.errors import BatonError
 from baton.core.ids import Epoch, TicketId, WorkerId
-from baton.core.request import Ended, EndReason, Request, SequenceTokens, TokenLogprobs
+from baton.core.request import Ended, EndReason, FinishReason, Request, SequenceTokens, TokenLogprobs
 from baton.core.tickets import Geometry, Ticket
 from baton.observe.metrics import RouterMetrics
 from baton.observe.tracing import Tracing
@@ -22,6 +22,7 @@ from baton.router.workers import Listener, News, Seats
 from baton.text.generation_config import GenerationDefaults
 from baton.text.settling import ModelLimits
 from baton.text.tokenizer import Tokenizer
+from baton.v1 import inference_pb2 as pb
 
 EOS = 0
 BYTE_0 = 1  # token 1 + n is byte n of the alphabet
@@ -210,6 +211,23 @@ class Bench:
             ready=lambda: True,
             workers=list,
         )
+
+
+def a_request(**sampling: Any) -> pb.GenerateRequest:
+    asked = pb.SamplingParams(**{"max_tokens": 8, "seed": 7, **sampling})
+    return pb.GenerateRequest(request_id="r", token_ids=pb.TokenIds(ids=[5, 6, 7]), sampling=asked)
+
+
+def submit(bench: Bench, request: pb.GenerateRequest, timeout_s: float | None = None) -> Record:
+    return bench.inference.submit(request, timeout_s, "").record
+
+
+def text_of(messages: list[Message], index: int = 0) -> str:
+    return "".join(output.text for message in messages for output in message.outputs if output.index == index)
+
+
+def finishes(messages: list[Message]) -> list[FinishReason]:
+    return [output.finish for message in messages for output in message.outputs if output.finish]
 
 
 async def read_all(record: Record, after_seq: int = 0, final_only: bool = False) -> list[Message]:
