@@ -14,12 +14,13 @@ import torch
 
 from baton.v1 import inference_pb2_grpc
 
+from ..near_ties import NearTies
 from .cluster import Cluster, serve
 from .conftest import MODEL
 from .ledgers import assert_clean, workers
 from .processes import with_command
-from .test_colocated import AT_ONCE, NEW_TOKENS, TIGHT, ask, crowd, is_near_tie, preemptions
-from .test_equality import EPSILON, check, generate, prompts
+from .test_colocated import AT_ONCE, NEW_TOKENS, TIGHT, ask, crowd, preemptions
+from .test_equality import compare, generate, prompts, reference
 from .test_lifecycle import answers, until
 
 
@@ -51,9 +52,10 @@ def test_greedy_tokens_of_two_ranks_equal_those_of_transformers_when_prefill_and
     with grpc.insecure_channel(apart.grpc_address) as channel, ThreadPoolExecutor(6) as pool:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         found = list(pool.map(lambda index: generate(stub, index), chosen))
-    near_ties = sum(check(index, tokens) for index, tokens in zip(chosen, found, strict=True))
-    print(f"{len(chosen)} prompts, {near_ties} near-ties under {EPSILON}")
-    assert near_ties <= 1
+    near_ties = NearTies()
+    for index, tokens in zip(chosen, found, strict=True):
+        compare(near_ties, index, prompts()[index], tokens, reference(index))
+    near_ties.report("two ranks, prefill and decode apart", most=1)
     assert_clean(apart)
 
 
@@ -63,14 +65,10 @@ def test_answers_of_two_ranks_that_were_swapped_out_equal_those_of_transformers(
     with ThreadPoolExecutor(AT_ONCE) as pool:
         found = list(pool.map(lambda prompt: ask(together, prompt, temperature=0, max_tokens=NEW_TOKENS), asked))
     swapped = preemptions(together)["swap"] - before["swap"]
-    near_ties = 0
-    for prompt, tokens, reference in zip(asked, found, expected, strict=True):
-        if tokens != reference:
-            position = next(i for i, pair in enumerate(zip(tokens, reference, strict=True)) if pair[0] != pair[1])
-            assert is_near_tie(prompt + reference[:position]), f"differs at token {position}"
-            near_ties += 1
-    print(f"{swapped:.0f} swapped out, {near_ties} near-ties under {EPSILON}")
-    assert near_ties <= 1
+    near_ties = NearTies()
+    for number, answer in enumerate(zip(asked, found, expected, strict=True)):
+        compare(near_ties, number, *answer)
+    near_ties.report(f"two ranks, {swapped:.0f} swapped out", most=1)
     assert swapped > 0
     assert_clean(together)
 
