@@ -245,7 +245,7 @@ def test_when_the_best_can_run_at_least_one_runs(situation: tuple[Snapshot, list
 
 @settings(max_examples=120, deadline=None)
 @given(situations())
-def test_steps_with_nothing_under_way_always_come_to_run_one_row(
+def test_once_what_is_under_way_has_come_back_some_row_runs(
     situation: tuple[Snapshot, list[int], dict[int, Stake]],
 ) -> None:
     """Step after step, each with what came back from the one before, and the preempted gone."""
