@@ -24,7 +24,7 @@ serve: $(STAMP) ## start a cluster here; settings: make serve ARGS="--decode 2"
 	@$(BIN)/baton serve $(ARGS)
 
 test: $(STAMP) ## unit, contract and end-to-end tests, all without a GPU
-	$(BIN)/python -m pytest -m "not gpu and not long" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 check: $(STAMP) ## ruff, mypy --strict, buf lint, stub drift
 	$(BIN)/ruff check .
@@ -44,6 +44,9 @@ protos: $(STAMP) ## make the stubs beside protos/baton/v1/*.proto anew
 bench: $(STAMP) ## engine beside transformers, host work, tensor parallelism: an hour; ARGS=--quick: minutes
 	@failed=0; for one in engine host_work tensor_parallel; do \
 		echo "== benchmarks/$$one.py"; $(BIN)/python -m benchmarks.$$one $(ARGS) || failed=1; done; exit $$failed
+
+fuzz: $(STAMP) ## 200,000 steps of the KV state machine, half an hour; fewer: make fuzz ARGS=10000
+	$(BIN)/python -m tests.kv_machine $(ARGS)
 
 test-gpu: $(STAMP) ## tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)

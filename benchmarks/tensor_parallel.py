@@ -119,7 +119,9 @@ def follow(connection: Connection, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2000, help="meetings of each kind (default: %(default)s)")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--quick", action="store_true", help="few meetings")
+    args = parser.parse_args()
+    rounds = 100 if args.quick else args.rounds
     torch.set_num_threads(1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

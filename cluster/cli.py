@@ -27,7 +27,7 @@ Settings: flags > environment (BATON_MODEL, BATON_KV_MEMORY, ...) > baton.yaml >
 
 examples:
   baton serve
-  baton serve --model Qwen/Qwen3-0.6B --kv-memory 2GiB
+  baton serve --model Qwen/Qwen3-0.6B --kv-memory 2GiB --max-model-len 4096
   baton serve --model ./my-llama --prefill 2 --decode 2 --max-model-len 4096
   baton serve --both 1 --policy fair
 """

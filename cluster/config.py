@@ -40,7 +40,7 @@ class ServeConfig:
     block_tokens: int = 16
     dtype: str = "auto"
     device: str = "auto"
-    threads: int = 1  # of each worker's step loop: more than the machine has cores makes each step several times slower
+    threads: int = 1  # of each rank: more than the machine has cores makes each step several times slower
     host: str = "127.0.0.1"
     grpc_port: int = 50051
     http_port: int = 8000
@@ -139,7 +139,7 @@ SETTINGS: tuple[Setting, ...] = (
         "DTYPE",
     ),
     Setting("device", _one_of("auto", "cpu", "cuda"), "auto (GPUs if there are any), cpu or cuda", "DEVICE"),
-    Setting("threads", _count(1, 256), "CPU threads of each worker (default: 1)", "N"),
+    Setting("threads", _count(1, 256), "CPU threads of each rank (default: 1)", "N"),
     Setting("host", parse_text, "address to listen on (default: 127.0.0.1; 0.0.0.0 lets others in)", "HOST"),
     Setting("grpc_port", parse_port, "port of the gRPC API (default: 50051)", "PORT"),
     Setting("http_port", parse_port, "port of the OpenAI-style HTTP API (default: 8000)", "PORT"),

@@ -1,4 +1,5 @@
-# A whole cluster in one container, or a worker: torch, Ray, Redis server. For GPUs run it with --gpus all.
+# A whole cluster in one container: torch, Ray, Redis server. For GPUs run it with --gpus all; there is no nvcc here, so
+# base it on a CUDA development image, or copy a cache filled by `python -m baton.kernels.build` to ~/.cache/baton.
 # Build from the repository's root: docker build -f deploy/worker.Dockerfile -t baton .
 # The project's tests do not build this image.
 FROM python:3.11-slim

@@ -284,10 +284,10 @@ class ContinuousBatch:
 
     def _advance(self, flight: Flight, result: StepResult) -> None:
         rows, decode = self._rows, flight.decode_rows
-        rows.computed[decode] += 1
-        full = rows.live[decode] & (rows.computed[decode] % self._engine.geometry.block_tokens == 0)
-        for row in decode[full].tolist():
-            self._holdings.advance(rows.sequence(row), int(rows.computed[row]))
+        computed = rows.computed[decode] = rows.computed[decode] + 1
+        for row in decode[computed % self._engine.geometry.block_tokens == 0].tolist():
+            if rows.live[row]:
+                self._holdings.advance(rows.sequence(row), int(rows.computed[row]))
         for row, end in zip(flight.chunk_rows.tolist(), flight.chunk_ends.tolist(), strict=True):
             rows.computed[row] = end
             if rows.live[row]:
@@ -300,11 +300,12 @@ class ContinuousBatch:
 
     def _take_tokens(self, flight: Flight, sampled: Sampled, result: StepResult) -> None:
         rows = self._rows
-        ids = np.array(sampled.token_ids, np.int64)
-        taken, positions, logprobs = flight.sampled_rows, flight.positions, sampled.logprobs
-        alive = rows.live[taken]
-        usable = alive & (ids != NO_TOKEN)
+        taken, ids = flight.sampled_rows, sampled.token_ids
+        positions, logprobs = flight.positions, sampled.logprobs
+        usable = rows.live[taken] & (ids != NO_TOKEN)
         if not usable.all():
+            if (ids == NO_TOKEN).any():
+                self._fail(flight, sampled, result)
             at = usable.nonzero()[0]
             taken, positions, ids = taken[at], positions[at], ids[at]
             logprobs = {place: logprobs[index] for place, index in enumerate(at.tolist()) if index in logprobs}
@@ -317,8 +318,6 @@ class ContinuousBatch:
         over = (rows.stops[taken] == ids[:, None]).any(1) | (settled == rows.limit[taken])
         for index in over.nonzero()[0].tolist():
             self._finish(self._residents.of(sequences[index]), result)
-        if len(taken) < alive.sum():
-            self._fail(flight, sampled, result)
 
     def _finish(self, member: Member, result: StepResult) -> None:
         """Its last token is there: of the answer, or of what was asked of this batch."""
@@ -332,7 +331,7 @@ class ContinuousBatch:
 
     def _fail(self, flight: Flight, sampled: Sampled, result: StepResult) -> None:
         """End those whose logits gave no token."""
-        for row, token in zip(flight.sampled_rows.tolist(), sampled.token_ids, strict=True):
+        for row, token in zip(flight.sampled_rows.tolist(), sampled.token_ids.tolist(), strict=True):
             if token == NO_TOKEN and self._rows.live[row]:
                 seq = self._rows.sequence(row)
                 self._residents.leave(self._residents.of(seq))

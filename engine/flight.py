@@ -58,8 +58,8 @@ def build_step(plan: StepPlan, rows: Rows, copies: list[tuple[int, int]], now: f
         wanted, parts, sampled_at = _wanted(len(decode), chunks, finishing)
     at, blocks, token_rows, token_ids = rows.changes()
     step = StepInput(
-        copy_from=np.array([source for source, _ in copies], np.int32),
-        copy_to=np.array([target for _, target in copies], np.int32),
+        copy_from=np.array([source for source, _ in copies], np.int32) if copies else _NO_BLOCKS,
+        copy_to=np.array([target for _, target in copies], np.int32) if copies else _NO_BLOCKS,
         table_at=at,
         table_blocks=blocks,
         token_rows=token_rows,
@@ -87,7 +87,8 @@ def build_step(plan: StepPlan, rows: Rows, copies: list[tuple[int, int]], now: f
         launched_at=now,
     )
     rows.launched[decode] = decode_positions + 1
-    rows.launched[chunks.rows] = chunks.ends
+    if plan.chunks:
+        rows.launched[chunks.rows] = chunks.ends
     rows.known[sampled_rows] = known + 1
     rows.flying[all_rows] += 1
     return step, flight
@@ -103,6 +104,7 @@ class _Chunks:
     ids: I64  # [sum of counts]
 
 
+_NO_BLOCKS = np.empty(0, np.int32)
 _NO_CHUNKS = _Chunks([], np.empty(0, np.int32), *(np.empty(0, np.int64) for _ in range(4)))
 
 

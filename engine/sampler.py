@@ -18,6 +18,7 @@ from .logit_edits import EditedPlaces, TokenMasks, edited, masked
 from .logprobs import PendingLogprobs, RankedLogprobs, ranked_logprobs
 from .ranking import first_best
 from .staging import HostCopy
+from .step_input import I64
 
 NO_TOKEN = -1  # of a row whose logits give none
 
@@ -50,7 +51,7 @@ class SamplingRows:
 class Sampled:
     """What was chosen, as the host knows it."""
 
-    token_ids: list[int]  # S; NO_TOKEN where the logits gave none
+    token_ids: I64  # [S]; NO_TOKEN where the logits gave none
     logprobs: dict[int, TokenLogprobs]  # by row of the logits, of those that asked
 
 
@@ -71,7 +72,7 @@ class Pending:
         """Waits until the copy is here."""
         chosen, largest = (part.numpy() for part in self._chosen.wait())
         usable = np.isfinite(largest)
-        token_ids: list[int] = (chosen if usable.all() else np.where(usable, chosen, NO_TOKEN)).tolist()
+        token_ids = chosen if usable.all() else np.where(usable, chosen, NO_TOKEN)
         if self._logprobs is None or self._rows is None:
             return Sampled(token_ids, {})
         found = self._logprobs.result(self._rows.counts)

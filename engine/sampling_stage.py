@@ -16,7 +16,7 @@ from .sequence import Sequence
 from .staging import Staging
 from .step_input import I32, I64
 
-_NOTHING = Sampled([], {})
+_NOTHING = Sampled(np.empty(0, np.int64), {})
 
 
 class SamplingStage:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests that need a GPU, where torch, pytest and nvcc are but this package is not installed.
-# Packages carried along (wheels unpacked to a folder) are found when PYTHONPATH names that folder.
+# Packages in a folder of their own are found when PYTHONPATH names it.
 #   tests/gpu/run.sh [pytest's options]      PYTHON=python3.12 tests/gpu/run.sh -k attention
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -52,7 +52,7 @@ def test_drawn_tokens_have_the_distribution_that_the_filters_leave(vocab_size: i
     logits = some_logits(1, seed=5, vocab_size=vocab_size)
     params = Sampling(max_tokens=1, temperature=0.8, seed=11, **filters)
     count = 20_000
-    drawn = choose(logits.expand(count, -1), [params] * count, range(count)).token_ids
+    drawn = choose(logits.expand(count, -1), [params] * count, range(count)).token_ids.tolist()
     weights = filtered([np.float32(value) for value in logits[0].tolist()], params)
     expected = np.zeros(vocab_size)
     expected[list(weights)] = np.array(list(weights.values())) / sum(weights.values()) * count
@@ -155,7 +155,7 @@ def test_a_nucleus_of_more_than_the_best_thousand_is_drawn_whole() -> None:
     """Flat logits: top-p 0.9 keeps nine tenths of 4,096; a sharp row beside it needs but few."""
     logits = torch.zeros(400, 4096)
     logits[::2, 77] = 30.0
-    drawn = choose(logits, [Sampling(max_tokens=1, top_p=0.9, seed=seed) for seed in range(400)]).token_ids
+    drawn = choose(logits, [Sampling(max_tokens=1, top_p=0.9, seed=seed) for seed in range(400)]).token_ids.tolist()
     assert drawn[::2] == [77] * 200
     assert max(drawn[1::2]) < 0.9 * 4096 + 1
     assert sum(token > 1024 for token in drawn[1::2]) > 100
@@ -179,7 +179,7 @@ def test_each_row_is_drawn_in_the_way_of_its_own_parameters() -> None:
 def test_what_cannot_be_chosen_never_is(filters: dict[str, Any]) -> None:
     logits = torch.full((2000, 1500), -torch.inf)
     logits[:, [3, 800, 1499]] = torch.tensor([0.0, 1.0, 2.0])
-    drawn = choose(logits, [Sampling(max_tokens=1, seed=seed, **filters) for seed in range(2000)]).token_ids
+    drawn = choose(logits, [Sampling(max_tokens=1, seed=seed, **filters) for seed in range(2000)]).token_ids.tolist()
     assert set(drawn) == {3, 800, 1499}
 
 

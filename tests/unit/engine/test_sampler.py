@@ -59,7 +59,7 @@ def test_alone_or_in_a_batch_of_64_in_any_order_a_row_gets_the_same(dtype: torch
     for count in (64, 64, 40, 7):
         order = np.array(dice.sample(range(64), count))
         together = sample(logits[order], table.take(order, np.array(positions)[order])).to_host().result()
-        assert together.token_ids == [alone[row].token_ids[0] for row in order]
+        assert together.token_ids.tolist() == [alone[row].token_ids[0] for row in order]
         for index, row in enumerate(order):
             one, other = together.logprobs.get(index), alone[row].logprobs.get(0)
             assert (one is None) == (other is None) == (params[row].logprobs is None)
@@ -97,7 +97,7 @@ def test_every_row_gets_the_token_of_a_plain_reading(
     allowed = {row: mask for row, (_, _, mask) in enumerate(sequences) if mask is not None}
     if allowed:
         rows = masked(rows, allowed)
-    found = sample(logits, rows).to_host().result().token_ids
+    found = sample(logits, rows).to_host().result().token_ids.tolist()
     for token, line, (sampling, answer, mask) in zip(found, logits.tolist(), sequences, strict=True):
         values = edited_row(line, sampling, answer, mask)
         assert token in reference_tokens(values, sampling, len(answer))
@@ -117,7 +117,7 @@ def test_a_tiny_temperature_is_greedy_and_finite() -> None:
     logits = some_logits(1) * 1000
     for temperature in (1e-30, 1e-60):
         params = Sampling(max_tokens=1, temperature=temperature)
-        assert choose(logits, [params]).token_ids == [int(logits.argmax())]
+        assert choose(logits, [params]).token_ids.tolist() == [int(logits.argmax())]
 
 
 def test_logprobs_are_those_before_temperature_and_only_for_who_asked() -> None:
@@ -140,7 +140,7 @@ def test_logprobs_are_those_before_temperature_and_only_for_who_asked() -> None:
 def test_a_greedy_tokens_logprob_is_the_first_of_the_best_though_others_tie() -> None:
     logits = torch.zeros(1, VOCAB)
     sampled = choose(logits, [Sampling(max_tokens=1, temperature=0.0, logprobs=3)])
-    assert sampled.token_ids == [0]
+    assert sampled.token_ids.tolist() == [0]
     assert [token for token, _ in sampled.logprobs[0].top] == [0, 1, 2]
 
 
@@ -172,23 +172,23 @@ def test_a_row_with_nan_or_inf_or_nothing_finite_gets_no_token(
                 rows = rows_of(params, [0] * len(params), vocab_size)
                 if with_mask:
                     rows = masked(rows, {row: {5, 20} for row in range(len(params))}, vocab_size)
-                fine = sample(logits, rows).to_host().result().token_ids
+                fine = sample(logits, rows).to_host().result().token_ids.tolist()
                 assert NO_TOKEN not in fine
                 logits[broken, place] = bad
                 drawn = sample(logits, rows)
                 assert 0 <= int(drawn.token_ids.min()) <= int(drawn.token_ids.max()) < vocab_size, (
                     "the next step reads it"
                 )
-                found = drawn.to_host().result().token_ids
+                found = drawn.to_host().result().token_ids.tolist()
                 assert found == [*fine[:broken], NO_TOKEN, *fine[broken + 1 :]]
-    assert choose(torch.full((6, vocab_size), -INF, dtype=dtype), params).token_ids == [NO_TOKEN] * 6
+    assert choose(torch.full((6, vocab_size), -INF, dtype=dtype), params).token_ids.tolist() == [NO_TOKEN] * 6
 
 
 def test_a_row_of_minus_infinity_but_for_one_token_gets_it() -> None:
     logits = torch.full((len(PARAMS), VOCAB), -INF)
     logits[:, 17] = -300.0
     params = [Sampling(max_tokens=9, **given) for given in PARAMS]
-    assert choose(logits, params).token_ids == [17] * len(PARAMS)
+    assert choose(logits, params).token_ids.tolist() == [17] * len(PARAMS)
 
 
 # Masks
@@ -200,9 +200,9 @@ def test_a_mask_leaves_only_its_tokens_and_touches_no_other_row(vocab_size: int)
     logits = some_logits(4, vocab_size=vocab_size)
     kept = logits.clone()
     rows = rows_of(params, [0] * 4, vocab_size)
-    free = sample(logits, rows).to_host().result().token_ids
+    free = sample(logits, rows).to_host().result().token_ids.tolist()
     for token in {0, 30, vocab_size - 1}:
-        found = sample(logits, masked(rows, {3: {token}, 0: {token}}, vocab_size)).to_host().result().token_ids
+        found = sample(logits, masked(rows, {3: {token}, 0: {token}}, vocab_size)).to_host().result().token_ids.tolist()
         assert found == [token, free[1], free[2], token]
     assert torch.equal(logits, kept)
 
@@ -215,8 +215,11 @@ def test_a_mask_that_leaves_nothing_gives_no_token() -> None:
     ]
     rows = rows_of(params, [0, 0], VOCAB)
     for allowed in (set(), {8}):
-        assert sample(some_logits(2), masked(rows, {0: allowed, 1: allowed})).to_host().result().token_ids == [-1, -1]
-    assert sample(some_logits(2), masked(rows, {0: {8, 9}, 1: {9}})).to_host().result().token_ids == [9, 9]
+        assert sample(some_logits(2), masked(rows, {0: allowed, 1: allowed})).to_host().result().token_ids.tolist() == [
+            -1,
+            -1,
+        ]
+    assert sample(some_logits(2), masked(rows, {0: {8, 9}, 1: {9}})).to_host().result().token_ids.tolist() == [9, 9]
 
 
 # Several tokens of a sequence in one step
@@ -240,7 +243,7 @@ def test_the_same_logits_at_other_positions_give_other_tokens() -> None:
     table = SamplingTable(1, VOCAB, CPU)
     table.put(0, Sampling(max_tokens=9, temperature=5.0, seed=1), PROMPT)
     rows = table.take(np.zeros(200, dtype=np.int32), np.arange(200))
-    found = sample(some_logits(1).expand(200, -1), rows).to_host().result().token_ids
+    found = sample(some_logits(1).expand(200, -1), rows).to_host().result().token_ids.tolist()
     assert len(set(found)) > 20
 
 
@@ -248,4 +251,4 @@ def test_no_rows_give_no_tokens() -> None:
     table = SamplingTable(4, VOCAB, CPU)
     table.put(0, random_sampling(2), PROMPT)
     none = np.zeros(0, dtype=np.int64)
-    assert sample(torch.empty(0, VOCAB), table.take(none, none)).to_host().result().token_ids == []
+    assert sample(torch.empty(0, VOCAB), table.take(none, none)).to_host().result().token_ids.tolist() == []
