@@ -57,12 +57,20 @@ class RankActor:
         """One life of the rank: returns when its service says stop."""
         config = self._config
         if config.kv_bytes == 0:
-            rooms = ray.get([one.room.remote() for one in self._followers], timeout=config.start_timeout_s)
-            own = gpu_kv_bytes(self._gpu_share, self._weight_bytes)
-            config = replace(config, kv_bytes=min(own, *rooms) if rooms else own)
+            config = replace(config, kv_bytes=self._kv_bytes(config.start_timeout_s))
         rank = import_module(f"..{_FOLDERS[config.role]}.rank", __package__)  # torch comes with it
         gang = RayFollowers(self._followers, config.start_timeout_s) if self._followers else None
         rank.run(config, self._inbox, gang=gang)
+
+    def _kv_bytes(self, timeout_s: float) -> int:
+        """What the fullest of the ranks' GPUs has for KV. Raises ConfigError."""
+        asked = [one.room.remote() for one in self._followers]
+        own = gpu_kv_bytes(self._gpu_share, self._weight_bytes)
+        try:
+            rooms: list[int] = ray.get(asked, timeout=timeout_s)
+        except ray.exceptions.RayTaskError as error:  # what a follower found is this worker's to tell
+            raise error.cause from None
+        return min([own, *rooms])
 
     @ray.method(concurrency_group="inbox")
     def deliver(self, message: object, handles: Sequence[object]) -> None:
