@@ -33,6 +33,7 @@ class ModelSize:
     tp: int = 1
     rank_weight_bytes: int  # in that dtype, of the fullest rank
     kv_bytes_per_token: int  # in all ranks together
+    head_bytes: int = 0  # of a head that is the embedding too: a CPU lays it out a second time
 
     @property
     def weight_bytes(self) -> int:
@@ -110,7 +111,15 @@ def measure_model(directory: Path, dtype: str, tp: int = 1) -> ModelSize:
         tp=tp,
         rank_weight_bytes=weight_bytes if tp == 1 else math.ceil(weight_bytes * _rank_share(config, tp)),
         kv_bytes_per_token=tp * memory_plan.kv_bytes_per_token(attention, runs, tp),
+        head_bytes=_tied_head(config) * WIDTHS[runs],
     )
+
+
+def _tied_head(config: Mapping[str, Any]) -> int:
+    """Weights of a head that has none of its own."""
+    if not config.get("tie_word_embeddings", False):
+        return 0
+    return int(config.get("vocab_size", 0)) * int(config.get("hidden_size", 0))
 
 
 def _rank_share(config: Mapping[str, Any], tp: int) -> float:
@@ -157,7 +166,11 @@ def settle_kv_bytes(config: ServeConfig, size: ModelSize, context: int, free_byt
     need = fixed + workers * given
     if need > free_bytes:
         each = " + ".join(
-            (f"{format_size(size.weight_bytes)} weights", f"{format_size(given)} KV", format_size(_processes(config)))
+            (
+                f"{format_size(size.weight_bytes + size.head_bytes)} weights",
+                f"{format_size(given)} KV",
+                format_size(_processes(config)),
+            )
         )
         swaps = f"{config.num_decoding} x {format_size(swap)} swap + " if swap else ""
         raise ConfigError(
@@ -178,7 +191,7 @@ def settle_swap_bytes(config: ServeConfig, size: ModelSize, kv_bytes: int, free_
 
 
 def _without_kv(config: ServeConfig, size: ModelSize) -> int:
-    return _BASE_BYTES + config.num_workers * (_processes(config) + size.weight_bytes)
+    return _BASE_BYTES + config.num_workers * (_processes(config) + size.weight_bytes + size.head_bytes)
 
 
 def _processes(config: ServeConfig) -> int:

@@ -286,8 +286,8 @@ class ContinuousBatch:
         rows, decode = self._rows, flight.decode_rows
         computed = rows.computed[decode] = rows.computed[decode] + 1
         for row in decode[computed % self._engine.geometry.block_tokens == 0].tolist():
-            if rows.live[row]:
-                self._holdings.advance(rows.sequence(row), int(rows.computed[row]))
+            if rows.live[row] and self._holdings.advance(rows.sequence(row), int(rows.computed[row])):
+                self._residents.waiting.stir()
         for row, end in zip(flight.chunk_rows.tolist(), flight.chunk_ends.tolist(), strict=True):
             rows.computed[row] = end
             if rows.live[row]:

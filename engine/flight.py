@@ -123,7 +123,9 @@ def _wanted(
 ) -> tuple[I64, tuple[PromptPart, ...], I64 | None]:
     """(tokens of the step whose logits are wanted, parts for prompt logprobs, which of the wanted are sampled from)."""
     lasts = num_decode + np.cumsum(chunks.counts) - 1
-    asking = [seq.sampling.prompt_logprobs is not None and not seq.prompt_logprobs for seq in chunks.sequences]
+    asking = [
+        seq.sampling.prompt_logprobs is not None and not (seq.prompt_logprobs or seq.tokens) for seq in chunks.sequences
+    ]  # not of one that is computed again: they have been told, here or by who read the prompt
     if not any(asking):
         return np.concatenate((np.arange(num_decode), lasts[finishing])), (), None
     wanted, parts, sampled_at = list(range(num_decode)), [], list(range(num_decode))

@@ -64,7 +64,7 @@ class Holdings:
         known = len(blocks)
         gain = self._borrow_tail(seq, keys, blocks, computed, whole_prompt) if borrow else 0
         fresh = self.blocks_for(seq.length) - len(blocks)
-        if fresh + spare > self._ledger.available:
+        if fresh + spare + (gain > 0) > self._ledger.available:  # a borrower copies before its first write
             self._ledger.release(reversed(blocks))
             return None
         seq.blocks = blocks + self._ledger.allocate(fresh)
@@ -72,8 +72,9 @@ class Holdings:
         seq.keys = keys[:known]
         if gain:
             self._borrowers.add(seq)
-        if not seq.tokens:
+        if not (seq.started or seq.tokens):
             seq.cached_tokens = seq.computed
+        seq.started = True
         self._expected[seq] = keys[known:]
         self._prefix_cache.expect(keys[known:])
         self._keys.pop(seq, None)
@@ -102,9 +103,10 @@ class Holdings:
         self._ledger.release([shared])
         return shared, own
 
-    def advance(self, seq: Sequence, computed: int) -> None:
-        """The KV of the first `computed` tokens is in the blocks; full ones become known to the prefix cache."""
-        seq.computed = computed
+    def advance(self, seq: Sequence, computed: int) -> bool:
+        """The KV of the first `computed` tokens is in the blocks; full ones become known to the prefix cache. Gives
+        whether one of them was expected: somebody may wait for it."""
+        seq.computed, arrived = computed, False
         known = len(seq.keys)
         full = computed // self._block_tokens
         if full > known:
@@ -113,9 +115,11 @@ class Holdings:
             seq.keys += self._prefix_cache.insert(fresh, seq.blocks[known:full], parent, seq.salt)
             expected = self._expected.get(seq)
             if expected:
+                arrived = True
                 self._arrived(expected, full - known)
-        if computed >= len(seq.prompt) and seq not in self._lent:
-            self._lend_tail(seq)
+        if computed >= len(seq.prompt) and seq not in self._lent and seq not in self._borrowers:
+            self._lend_tail(seq)  # only what is its own: a borrowed block goes as soon as it is copied
+        return arrived
 
     def release(self, seq: Sequence) -> None:
         """Take all blocks of a sequence back; the known ones stay cached. Again: nothing."""

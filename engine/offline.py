@@ -61,9 +61,8 @@ class Offline:
         progress: Callable[[int, int], None] | None = None,
     ) -> Self:
         """Load a model. "auto" is the checkpoint's dtype, or float32 on a CPU that has no bfloat16, and a GPU where
-        there is one. kv_bytes None: a part of what
-        is free; a part of the host's memory, too, takes the KV of preempted sequences. The rest as `Engine.build` takes
-        it. Raises ConfigError in words for whoever wrote the call."""
+        there is one. kv_bytes None: a part of what is free; a part of the host's memory, too, takes the KV of preempted
+        sequences. The rest as `Engine.build` takes it. Raises ConfigError in words for whoever wrote the call."""
         try:
             order = policy_named(policy)
             config = ModelConfig.from_dir(model_dir)
@@ -95,6 +94,8 @@ class Offline:
             try:
                 while True:
                     for request in islice(coming, self._max_living - len(living)):
+                        if request.sequence_id in living:
+                            raise ValueError(f"two requests have the id {request.sequence_id}")
                         seq = living[request.sequence_id] = Sequence.of(request)
                         self._batch.add(seq, self._clock())
                     if not living:
@@ -165,6 +166,8 @@ def settle_kv_bytes(
     block's, must fit. Raises ConfigError with the arithmetic."""
     weights = SafetensorsDir(model_dir).total_bytes * dtype.itemsize // config.dtype.itemsize
     one_request = context * config.num_layers * 2 * config.num_kv_heads * config.head_size * dtype.itemsize
+    if device.type == "cpu" and config.tie_word_embeddings:  # the head is laid out a second time: kernels/linear.py
+        weights += config.vocab_size * config.hidden_size * dtype.itemsize
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         most = kv_room(min(free, usable_bytes(total)), weights)

@@ -62,8 +62,9 @@ class Preemption:
             ticket, member.swapped = member.swapped, None
             blocks = member.seq.blocks[: self._holdings.blocks_for(member.swapped_tokens)]
             self._space.swap_in(ticket, blocks, skip=known)
-            self._swap_bytes += (len(blocks) - known) * self._block_bytes
-            self._holdings.advance(member.seq, member.swapped_tokens)
+            self._swap_bytes += max(len(blocks) - known, 0) * self._block_bytes
+            # More may be known by now than went away: what is shared is never computed again.
+            self._holdings.advance(member.seq, max(member.swapped_tokens, member.seq.computed))
 
     def drop(self, member: Member) -> None:
         """It will not come back."""

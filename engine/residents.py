@@ -90,10 +90,14 @@ class Residents:
             return []
         started: list[Sequence] = []
         for member in self._in_turn(now):
-            if not self._has_place(member) or self._holdings.awaited(member.seq, whole_prompt=member.lands):
+            if not self._has_place(member):
+                if member.lands:
+                    continue
+                break  # whoever comes after it waits too, or newcomers that land would take each row that comes free
+            if self._holdings.awaited(member.seq, whole_prompt=member.lands):
                 continue
             if not self._start(member):
-                break  # whoever comes after it waits too, so that none is starved by smaller ones
+                break  # the same, so that none is starved by smaller ones
             started.append(member.seq)
         self.waiting.tried(self._engine.ledger.available)
         return started
@@ -166,6 +170,9 @@ class Residents:
     def finish(self, member: Member) -> None:
         """A prompt alone is computed: its row is free, its blocks stay until it leaves."""
         member.state = State.DONE
+        if member.gives_back:  # it was to go back and wait, and has nothing left to wait for
+            member.gives_back = False
+            self._giving_back.remove(member)
         self._free_row(member)
         self.waiting.stir()
 
@@ -207,6 +214,7 @@ class Residents:
     def _free_row(self, member: Member) -> None:
         if member.row >= 0:
             member.seq.computed = int(self._rows.computed[member.row])
+            member.seq.charged = max(member.seq.charged, member.seq.computed)  # no token is charged for twice
             self._sampling.clear(member.row, member.seq)
             self._rows.give_back(member.row)
             member.row = -1

@@ -27,6 +27,7 @@ class Sequence:
         "salt",
         "sampling",
         "sequence_id",
+        "started",
         "tag",
         "tenant",
         "tokens",
@@ -58,6 +59,7 @@ class Sequence:
         self.computed = 0
         self.keys: list[BlockKey] = []  # of its full blocks that the prefix cache knows by now
         self.charged = 0  # tokens whose computing its tenant has been charged for
+        self.started = False  # has had blocks
         self.cached_tokens = 0  # of the prompt, found in the prefix cache when it first started
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  # once the prompt is computed, where asked for
 

@@ -327,6 +327,10 @@ class KvMachine(RuleBasedStateMachine):
         assert all(ledger.holders(BlockId(block)) == claimed[block] for block in range(ledger.num_blocks))
 
     @invariant()
+    def a_tail_is_lent_by_who_holds_it(self) -> None:
+        assert all(tail.block in seq.blocks for seq, tail in self.holdings._lent.items())
+
+    @invariant()
     def swap_slots_are_those_of_who_is_away(self) -> None:
         used = [slot for ticket, _ in self.away.values() if ticket for slot in ticket.slots]
         assert len(used) == len(set(used)) == SWAP_SLOTS - self.swap.free_count

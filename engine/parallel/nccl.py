@@ -1,8 +1,8 @@
 """Ranks that each have a GPU: NCCL, through torch. Every meeting is queued on the caller's current stream; the host
 waits for none but a barrier. Capturing one in a CUDA graph this way did not end on two H200 (torch 2.11).
 
-A rank that dies leaves the others' streams in a kernel that does not end. So whoever waits for a stream has a deadline
-of its own, and the death of a rank ends its worker.
+A rank that dies leaves the others' streams in a kernel that does not end, and who waits for such a stream waits until
+its process is ended: the death of a rank ends its worker, from outside. One that hangs without dying is not noticed.
 """
 
 from typing import Any

@@ -30,6 +30,7 @@ class Segment:
     @classmethod
     def create(cls, num_bytes: int) -> "Segment":
         file = os.memfd_create("baton", os.MFD_CLOEXEC)
+        os.fchmod(file, 0o600)  # it begins as 0777
         os.truncate(file, num_bytes)
         return cls(file, _address(file))
 

@@ -90,4 +90,7 @@ def test_when_any_rank_is_killed_all_end_and_the_worker_comes_back_under_a_new_e
 
 def of(cluster: Cluster, pid: int) -> bool:
     """It is of this cluster, not of another that runs beside it."""
-    return cluster.token.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    try:
+        return cluster.token.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # it has just ended, or is another user's
+        return False

@@ -167,6 +167,119 @@ def test_a_borrowed_block_that_its_owner_filled_is_copied_although_the_owner_is_
     assert_clean(engine, batch)
 
 
+def test_a_tail_is_lent_by_whom_it_belongs_to_alone() -> None:
+    engine, batch = batch_of()
+    prompt = prompt_of(5, 20)  # a full block and four tokens
+    owner, borrower, late = (sequence(f"s/{i}", prompt, length) for i, length in enumerate((4, 30, 3)))
+    batch.add(owner, 0.0)
+    batch.step(0.0)
+    batch.add(borrower, 1.0, Goal.LANDING)  # finds all of the prompt, the owner's last block among it
+    batch.step(0.0)
+    batch.landed(borrower, answer(prompt, 1)[0])
+    while owner.tokens != answer(prompt, 4) or len(borrower.tokens) < 6:
+        batch.step(0.0)
+    batch.add(late, 2.0)  # the owner is gone, and its block with it
+    run(batch)
+    assert [borrower.tokens, late.tokens] == [answer(prompt, 30), answer(prompt, 3)]
+    assert_clean(engine, batch)
+
+
+def test_a_borrower_leaves_room_for_its_copy() -> None:
+    engine, batch = batch_of(3)
+    prompt = prompt_of(5, 20)
+    owner, borrower = sequence("s/0", prompt, 8), sequence("s/1", prompt, 8)
+    batch.add(owner, 0.0)
+    batch.step(0.0)
+    kept = engine.ledger.allocate(1)  # the last one
+    batch.add(borrower, 1.0, Goal.LANDING)
+    batch.step(0.0)
+    assert not borrower.blocks
+    engine.ledger.release(kept)
+    run(batch)
+    assert owner.tokens == answer(prompt, 8)
+    batch.remove(borrower)
+    run(batch)
+    assert_clean(engine, batch)
+
+
+def test_a_sequence_that_comes_back_to_more_than_it_left_goes_on_from_there() -> None:
+    """Another has computed more of the same prompt meanwhile: what is shared is not written again."""
+    engine, batch = batch_of(swap_blocks=16, step_tokens=32)
+    prompt = prompt_of(6, 160)
+    slow, quick = sequence("s/0", prompt, 4), sequence("s/1", prompt, 4)
+    batch.add(slow, 0.0)
+    batch.step(0.0)
+    batch.step(0.0)
+    assert slow.computed == 64
+    residents = batch._residents
+    member = residents.of(slow)
+    residents.preempt(member)
+    residents.waiting.remove(member)  # it is not its turn yet
+    batch.add(quick, 1.0)
+    run(batch)
+    residents.waiting.add(member)
+    started = batch.step(0.0)
+    assert started is not None
+    assert slow.computed >= 144
+    run(batch)
+    assert [slow.tokens, quick.tokens] == [answer(prompt, 4)] * 2
+    assert batch.preemptions.swapped == 1
+    assert batch.preemptions.swap_bytes == 4 * engine.geometry.block_bytes  # out; nothing had to come in
+    assert_clean(engine, batch)
+
+
+def test_a_sequence_that_landed_is_not_asked_for_its_prompts_logprobs_when_it_is_computed_again() -> None:
+    engine, batch = batch_of(13, step_tokens=48)
+    prompt = prompt_of(7, 48)
+    landed = sequence("s/0", prompt, 20, prompt_logprobs=1)
+    batch.add(sequence("s/1", prompt, 1), 0.0)  # its KV stays known, and so is all that would have to land
+    run(batch)
+    batch.add(landed, 1.0, Goal.LANDING)
+    batch.step(0.0)
+    batch.landed(landed, answer(prompt, 1)[0])
+    while len(landed.tokens) < 10:
+        batch.step(0.0)
+    batch._residents.preempt(batch._residents.of(landed))
+    run(batch)
+    assert landed.tokens == answer(prompt, 20)
+    assert batch.preemptions.recomputed == 1
+    assert_clean(engine, batch)
+
+
+def test_a_prompt_that_is_computed_before_it_can_be_preempted_keeps_its_blocks() -> None:
+    engine, batch = batch_of(lookahead=True)
+    seq = sequence("s/0", prompt_of(8, 30), 5)
+    batch.add(seq, goal=Goal.PROMPT)
+    batch.step(0.0)  # its only chunk is under way
+    batch._residents.preempt(batch._residents.of(seq))
+    run(batch)
+    assert (len(seq.blocks), seq.tokens) == (2, answer(seq.prompt, 1))
+    assert batch.preemptions.recomputed == 0
+    batch.remove(seq)
+    assert_clean(engine, batch)
+
+
+def test_newcomers_that_land_do_not_keep_a_preempted_sequence_from_its_row() -> None:
+    _, batch = batch_of(64, max_batch=2)
+    old = sequence("s/old", prompt_of(9, 20), 30)
+    batch.add(old, 0.0)
+    batch.step(0.0)
+    batch._residents.preempt(batch._residents.of(old))
+    waiting: list[Sequence] = []
+    for turn in range(200):
+        if batch.waiting < 3:
+            newcomer = sequence(f"s/{turn}", prompt_of(100 + turn, 20), 6)
+            batch.add(newcomer, 1.0 + turn, Goal.LANDING)
+            waiting.append(newcomer)
+        batch.step(float(turn))
+        for seq in [one for one in waiting if one.blocks]:
+            waiting.remove(seq)
+            batch.landed(seq, 1)
+        if old.end_reason() is not None:
+            break
+    assert old.tokens == answer(old.prompt, 30)
+
+
 def test_the_oldest_is_never_preempted() -> None:
     engine, batch = batch_of(12, swap_blocks=0)
     sequences = [sequence(f"s/{i}", prompt_of(i, 30), 100) for i in range(5)]

@@ -56,6 +56,7 @@ def changes(rows: Rows) -> tuple[dict[int, int], dict[int, int]]:
     """(place in the block tables -> block, row -> its last token), each told at most once."""
     at, blocks, token_rows, token_ids = rows.changes()
     assert len(set(token_rows.tolist())) == len(token_rows)
+    assert len(set(at.tolist())) == len(at), "a device writes in any order"
     assert (at.dtype, blocks.dtype, token_rows.dtype, token_ids.dtype) == (np.int64, np.int32, np.int32, np.int64)
     return (
         dict(zip(at.tolist(), blocks.tolist(), strict=True)),
