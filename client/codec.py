@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ..core.errors import InvalidRequest
 from ..core.request import FinishReason, PromptLogprob, TokenLogprobs
+from ..core.sampling_params import SCALARS
 from ..v1 import inference_pb2 as pb
 from .results import ChatMessage, Explanation, Message, ModelInfo, Output, Prompt, Sampling, Usage, Worker
 
@@ -15,22 +16,6 @@ _FINISH = {
     pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
     pb.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
 }
-_SCALARS = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "n",
-    "ignore_eos",
-    "logprobs",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "min_tokens",
-    "prompt_logprobs",
-)
 
 
 def new_request_id() -> str:
@@ -131,7 +116,7 @@ def decode_explanation(response: pb.ExplainResponse) -> Explanation:
 
 
 def _sampling(sampling: Sampling) -> pb.SamplingParams:
-    given = {name: getattr(sampling, name) for name in _SCALARS if getattr(sampling, name) is not None}
+    given = {name: getattr(sampling, name) for name in SCALARS if getattr(sampling, name) is not None}
     return pb.SamplingParams(
         **given, stop=sampling.stops, stop_token_ids=sampling.stop_token_ids, logit_bias=dict(sampling.logit_bias or {})
     )

@@ -1,7 +1,7 @@
 """How a client asks for an answer's tokens to be chosen. What it leaves open, text/settling.py settles."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,3 +30,8 @@ class SamplingParams:
     def stops(self) -> tuple[str, ...]:
         """The stop strings, also where `stop` is only one."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+_COLLECTIONS = {"stop", "stop_token_ids", "logit_bias"}
+SCALARS = tuple(one.name for one in fields(SamplingParams) if one.name not in _COLLECTIONS)
+"""Fields that are None or one value; in a request of the gRPC API they have the same names."""

@@ -248,8 +248,10 @@ class ContinuousBatch:
     # Launching
 
     def _launch(self, plan: StepPlan) -> Flight:
-        if self._residents.num_tenants > 1 or not self._turns.even:  # one alone stays even, whatever it is served
-            self._turns.charge(self._rows.costs(plan.decode, plan.chunks), self._residents.waiting.tenants.keys())
+        waiting = self._residents.waiting.tenants  # while nobody waits nobody owes anything
+        alone = self._residents.num_tenants <= 1 and self._turns.even  # and stays even, whatever it is served
+        if (plan.chunks or waiting) and not alone:
+            self._turns.charge(self._rows.costs(plan.decode, plan.chunks), waiting.keys())
         step, flight = build_step(plan, self._rows, self._make_room(plan), perf_counter())
         flight.logits = self._engine.executor.forward(step)
         return flight

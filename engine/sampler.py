@@ -100,7 +100,8 @@ def sample(logits: Tensor, rows: SamplingRows) -> Drawn:
     Edits and masks, then temperature, then top-k, then top-p, then min-p, each on what the one before left; the order
     of transformers. Logprobs are those before all of these.
 
-    A row gets NO_TOKEN if it holds NaN or +inf, or nothing finite; or if its mask leaves nothing.
+    `largest` is not finite where a row holds NaN or +inf, or nothing finite, or where its mask leaves nothing: such a
+    row gets some token here, and on the host NO_TOKEN.
     """
     assert logits.shape[0] == rows.count, (logits.shape, rows.count)
     values = logits if rows.edits is None else edited(logits, rows.edits)

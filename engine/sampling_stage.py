@@ -42,7 +42,7 @@ class SamplingStage:
         edited = self._table.edited_rows
         if edited:
             for row, token in zip(rows.tolist(), token_ids.tolist(), strict=True):
-                if row in edited and token >= 0:
+                if row in edited:
                     self._table.add(row, token)
 
     def launch(self, flight: Flight) -> None:

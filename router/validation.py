@@ -11,7 +11,7 @@ from hashlib import blake2b
 from ..core.errors import InvalidRequest, UnknownModel
 from ..core.ids import RequestId
 from ..core.request import MAX_PRIORITY
-from ..core.sampling_params import SamplingParams
+from ..core.sampling_params import SCALARS, SamplingParams
 from ..text.chat_template import ChatMessage
 from ..text.generation_config import GenerationDefaults
 from ..text.settling import ModelLimits, SamplingDraft, check_chat, check_count, check_prompt_ids, draft_sampling
@@ -19,22 +19,6 @@ from ..v1 import inference_pb2 as pb
 
 MAX_REQUEST_ID = 128
 _REQUEST_ID = re.compile(r"[\x20-\x7e]{1,128}\Z")
-_OPTIONAL = (
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "n",
-    "ignore_eos",
-    "logprobs",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "min_tokens",
-    "prompt_logprobs",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +104,7 @@ def _prompt(request: pb.GenerateRequest, model: ModelLimits) -> Prompt:
 
 
 def _params(wanted: pb.SamplingParams) -> SamplingParams:
-    given = {name: getattr(wanted, name) for name in _OPTIONAL if wanted.HasField(name)}
+    given = {name: getattr(wanted, name) for name in SCALARS if wanted.HasField(name)}
     return SamplingParams(**given, stop=wanted.stop, stop_token_ids=wanted.stop_token_ids, logit_bias=wanted.logit_bias)
 
 

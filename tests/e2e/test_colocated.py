@@ -9,7 +9,6 @@ from functools import cache
 import grpc
 import httpx
 import pytest
-import torch
 
 from baton.v1 import inference_pb2 as pb
 from baton.v1 import inference_pb2_grpc
@@ -18,7 +17,7 @@ from ..near_ties import NearTies
 from .cluster import Cluster, serve
 from .conftest import MODEL
 from .ledgers import assert_clean, workers
-from .test_equality import compare, generate, prompts, reference, reference_model
+from .test_equality import compare, generate, greedy, prompts, reference
 
 AT_ONCE = 16
 PROMPT_TOKENS, NEW_TOKENS = 24, 130  # 10 blocks each at the end: four fill a pool, and seven are let in
@@ -44,17 +43,7 @@ def tight(tmp_path_factory: pytest.TempPathFactory, device: str) -> Iterator[Clu
 def crowd() -> tuple[list[list[int]], list[list[int]]]:
     """Prompts of one length, and the reference's answers to them: of one batch, as no padding is needed."""
     asked = [prompt[:PROMPT_TOKENS] for prompt in prompts() if len(prompt) >= PROMPT_TOKENS][:AT_ONCE]
-    rows = torch.tensor(asked)
-    out = reference_model().generate(
-        rows,
-        attention_mask=torch.ones_like(rows),
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        eos_token_id=None,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    return asked, out[:, PROMPT_TOKENS:].tolist()
+    return asked, greedy(asked, NEW_TOKENS)[:, PROMPT_TOKENS:].tolist()
 
 
 def ask(cluster: Cluster, prompt: list[int], **sampling: object) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import grpc
 import pytest
@@ -41,17 +42,23 @@ def prompts() -> list[list[int]]:
 
 @cache
 def reference(index: int) -> list[int]:
-    prompt = torch.tensor([prompts()[index]])
-    out = reference_model().generate(
+    prompt = prompts()[index]
+    return greedy([prompt], NEW_TOKENS)[0, len(prompt) :].tolist()
+
+
+def greedy(rows: list[list[int]], new_tokens: int, **settings: object) -> Any:
+    """What the reference's `generate` gives for prompts of one length, so without padding; so many tokens each."""
+    prompt = torch.tensor(rows)
+    return reference_model().generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
         eos_token_id=None,
         do_sample=False,
         pad_token_id=0,
+        **settings,
     )
-    return out[0, prompt.shape[1] :].tolist()
 
 
 def logits_after(tokens: list[int]) -> list[float]:
@@ -100,20 +107,10 @@ def test_with_a_repetition_penalty_too(cluster: Cluster) -> None:
         answers = list(pool.map(answer, chosen))
     near_ties, changed = NearTies(), 0
     for index, tokens in zip(chosen, answers, strict=True):
-        prompt = torch.tensor([asked[index]])
-        out = reference_model().generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            eos_token_id=None,
-            do_sample=False,
-            pad_token_id=0,
-            repetition_penalty=1.25,
-            output_scores=True,
-            return_dict_in_generate=True,
+        out = greedy(
+            [asked[index]], NEW_TOKENS, repetition_penalty=1.25, output_scores=True, return_dict_in_generate=True
         )
-        expected = out.sequences[0, prompt.shape[1] :].tolist()
+        expected = out.sequences[0, len(asked[index]) :].tolist()
         changed += expected != reference(index)
         near_ties.compare(index, tokens, expected, lambda at, scores=out.scores: scores[at][0].tolist())
     near_ties.report("with a repetition penalty", most=1)
