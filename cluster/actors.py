@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
@@ -27,6 +27,8 @@ from .units import format_size
 if TYPE_CHECKING:  # torch: in the ranks' processes only, not where the classes are named
     from ..engine.parallel.shared_pool import PoolHandle
     from ..worker.gang import Invitation
+
+Item = TypeVar("Item")
 
 _FOLDERS = {"prefill": "prefill_worker", "decode": "decode_worker", "both": "colocated_worker"}
 
@@ -63,13 +65,18 @@ class RankActor:
         rank.run(config, self._inbox, gang=gang)
 
     def _kv_bytes(self, timeout_s: float) -> int:
-        """What the fullest of the ranks' GPUs has for KV. Raises ConfigError."""
+        """What the fullest of the ranks' GPUs has for KV. Raises ConfigError, RankLost."""
+        from ..engine.parallel.communicator import RankLost  # noqa: PLC0415
+
         asked = [one.room.remote() for one in self._followers]
         own = gpu_kv_bytes(self._gpu_share, self._weight_bytes)
         try:
             rooms: list[int] = ray.get(asked, timeout=timeout_s)
-        except ray.exceptions.RayTaskError as error:  # what a follower found is this worker's to tell
-            raise error.cause from None
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, ConfigError):  # what a follower found is this worker's to tell
+                raise cause from None
+            raise RankLost(f"a rank did not say what its GPU has room for: {error}") from error
         return min([own, *rooms])
 
     @ray.method(concurrency_group="inbox")
@@ -119,7 +126,7 @@ class FollowerActor:
         """One life: returns when rank 0 has run its last step."""
         from ..worker.gang import follow  # noqa: PLC0415
 
-        follow(self._config, self._invitations.get(timeout=self._config.start_timeout_s), self._handles.put)
+        follow(self._config, self._next(self._invitations, "no invitation of rank 0"), self._handles.put)
 
     @ray.method(concurrency_group="gang")
     def room(self) -> int:
@@ -130,7 +137,17 @@ class FollowerActor:
     def join(self, invitation: "Invitation") -> "PoolHandle":
         """Once this rank has loaded its part: how rank 0 reaches its pool."""
         self._invitations.put(invitation)
-        return self._handles.get(timeout=self._config.start_timeout_s)
+        return self._next(self._handles, "no part of the model loaded")
+
+    def _next(self, waited_for: "queue.SimpleQueue[Item]", otherwise: str) -> "Item":
+        """Raises RankLost where it does not come in time."""
+        from ..engine.parallel.communicator import RankLost  # noqa: PLC0415
+
+        timeout_s = self._config.start_timeout_s
+        try:
+            return waited_for.get(timeout=timeout_s)
+        except queue.Empty:
+            raise RankLost(f"{otherwise} within {timeout_s:.0f} s") from None
 
 
 class ServiceActor:
@@ -167,7 +184,7 @@ class ServiceActor:
 
 
 def gpu_kv_bytes(share: float, weight_bytes: int) -> int:
-    """What is left for KV of a worker's part of its GPU. Raises ConfigError with the arithmetic."""
+    """What is left for KV of a rank's part of its GPU. Raises ConfigError with the arithmetic."""
     import torch  # noqa: PLC0415
 
     free, total = torch.cuda.mem_get_info()
@@ -175,9 +192,9 @@ def gpu_kv_bytes(share: float, weight_bytes: int) -> int:
     left = kv_room(part, weight_bytes)
     if left < GPU_LEAST:
         raise ConfigError(
-            f"Not enough GPU memory: {format_size(part)} of {format_size(total)} are this worker's, less "
+            f"Not enough GPU memory: {format_size(part)} of {format_size(total)} are this rank's, less "
             f"{format_size(weight_bytes)} weights and {format_size(GPU_WORKSPACE)} workspace leaves "
-            f"{format_size(max(0, left))} for KV: choose a smaller model, or fewer workers per GPU."
+            f"{format_size(max(0, left))} for KV: choose a smaller model, fewer workers per GPU, or more ranks (--tp)."
         )
     return left
 

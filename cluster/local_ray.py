@@ -98,16 +98,10 @@ class RayGang:
     def poll(self) -> Death | None:
         import ray  # noqa: PLC0415
 
-        ended, _ = ray.wait(self._runs, num_returns=1, timeout=0)
-        if not ended:
-            return None
-        try:
-            ray.get(ended[0])
-        except ray.exceptions.RayTaskError as error:
-            return _death_of(error.cause)
-        except ray.exceptions.RayError as error:
-            return Death((str(error).strip().splitlines() or [type(error).__name__])[0])
-        return Death("it returned")
+        ended, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
+        deaths = [_death_of(one) for one in ended]
+        # One's end soon is the others' too, and what a person must mend is told first.
+        return next((death for death in deaths if death.hopeless), deaths[0] if deaths else None)
 
     def is_ready(self) -> bool:
         return _is_done(self._ready)
@@ -157,7 +151,20 @@ def _is_done(ref: Any) -> bool:
     return True
 
 
-def _death_of(cause: BaseException) -> Death:
+def _death_of(run: Any) -> Death:
+    """run: of an actor that has ended."""
+    import ray  # noqa: PLC0415
+
+    try:
+        ray.get(run)
+    except ray.exceptions.RayTaskError as error:
+        return _told(error.cause)
+    except ray.exceptions.RayError as error:
+        return Death((str(error).strip().splitlines() or [type(error).__name__])[0])
+    return Death("it returned")
+
+
+def _told(cause: BaseException) -> Death:
     """Configuration mistakes that only the rank could find would come again; anything else may not."""
     text = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
     hopeless = isinstance(cause, ConfigError | ValueError | FileNotFoundError | MemoryError)

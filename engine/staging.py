@@ -7,6 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..kernels.device_wait import wait_for
+
 Array = npt.NDArray[np.generic]
 
 _ALIGNMENT = 16  # bytes; of every array in the buffer
@@ -57,7 +59,7 @@ class Staging:
         """The buffer whose turn it is, large enough, and read by nobody."""
         event = self._events[self._turn]
         if event is not None:
-            event.synchronize()  # of the copy before the last: over long ago, unless the device is two steps behind
+            wait_for(event)  # of the copy before the last: over long ago, unless the device is two steps behind
         if size > len(self._buffers[self._turn]):
             self._buffers[self._turn] = self._buffer(1 << (size - 1).bit_length())
         return self._buffers[self._turn]
@@ -87,8 +89,8 @@ class HostCopy:
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> list[Tensor]:
-        """The tensors on the host, in order."""
+        """The tensors on the host, in order. Raises DeviceStuck."""
         if self._event is not None:
-            self._event.synchronize()
+            wait_for(self._event)
             self._event = self._sources = None
         return self._tensors

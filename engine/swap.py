@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core.ids import BlockId
 from ..kernels.block_copy import gather_blocks, scatter_blocks
+from ..kernels.device_wait import settle
 
 _NEW_SHARE = 0.2  # of the last measurement in a moving average
 
@@ -54,6 +55,8 @@ class SwapSpace:
         for pool, slots in zip(self._pools, self._slots, strict=True):
             gathered = torch.empty(len(blocks), pool.shape[1], dtype=torch.uint8, device=pool.device)
             gather_blocks(pool, torch.tensor(blocks, device=pool.device), gathered)
+            if pool.is_cuda:
+                settle(pool.device)
             slots.index_copy_(0, there, gathered.cpu())
         self._measured(len(blocks), perf_counter() - begin)
         return ticket
@@ -68,7 +71,7 @@ class SwapSpace:
                 source = slots.index_select(0, there).to(pool.device)
                 scatter_blocks(pool, torch.tensor(blocks[skip:], device=pool.device), source)
             if self._pools[0].is_cuda:
-                torch.cuda.current_stream(self._pools[0].device).synchronize()
+                settle(self._pools[0].device)
             self._measured(len(blocks) - skip, perf_counter() - begin)
         self.drop(ticket)
 

@@ -8,6 +8,7 @@ import torch
 
 from ..core.ids import BlockId
 from ..kernels.block_copy import gather_blocks, scatter_blocks
+from ..kernels.device_wait import settle
 from .integrity import Bytes
 
 
@@ -60,6 +61,7 @@ class BlockPool:
                 self._stream.wait_event(after)
             out = torch.empty(len(blocks), self.block_bytes, dtype=torch.uint8, device=self._pool.device)
             gather_blocks(self._pool, self._ids(blocks), out)
+            settle(self._pool.device)
             host = out.to("cpu")
         return host.numpy()
 
@@ -73,7 +75,7 @@ class BlockPool:
         with torch.cuda.stream(self._stream):
             staged = torch.from_numpy(np.array(source)).to(self._pool.device)  # a mapped object is read-only
             scatter_blocks(self._pool, self._ids(blocks), staged)
-        self._stream.synchronize()
+            settle(self._pool.device)
 
     def _ids(self, blocks: Sequence[BlockId]) -> torch.Tensor:
         return torch.tensor(blocks, dtype=torch.int64, device=self._pool.device)

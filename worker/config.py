@@ -1,4 +1,4 @@
-"""How one worker is set up, and how its two processes start.
+"""How one worker is set up, and how its processes start.
 
 A worker is, on one host, a service process and a rank process, or several, each with a part of the model. cluster/
 starts all with the same WorkerConfig:

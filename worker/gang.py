@@ -8,7 +8,7 @@ All are processes of one host. Who starts them, and ends them all when one dies,
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,41 +49,29 @@ class Gang(Protocol):
 
 @contextmanager
 def lead(config: WorkerConfig, gang: Gang | None) -> Iterator[Followers | None]:
-    """Rank 0's side, from before it loads to its last step. None: it is alone. Raises RankLost."""
+    """Rank 0's side, from before it loads to its last step. None: it is alone. Raises RankLost, ConfigError.
+
+    An error of the body goes on at once, whatever the others do: they wait for a plan until this process ends.
+    """
     assert (config.tp > 1) == (gang is not None), (config.tp, gang)
     if gang is None:
         yield None
         return
-    plans = PlanWriter(config.tp - 1)
-    communicator: Communicator | None = None
-    try:
-        if _on_gpu(config):
-            meeting = f"file://{config.ring_dir / config.ring_name}.meeting"  # a folder that only its owner may enter
-            gang.invite(_invitations(config, meeting, plans))  # first: NCCL's ranks wait for each other
-            communicator = _nccl(meeting, 0, config)
-        else:
-            shared = communicator = SharedMemory.create(config.tp)
-            gang.invite(_invitations(config, shared.address, plans))
+    with closing(PlanWriter(config.tp - 1)) as plans, closing(_meeting(config, gang, plans)) as communicator:
         yield Followers(communicator, plans)
         with suppress(RankLost):  # at the end nobody misses it
             plans.stop()
             communicator.barrier()
-    finally:
-        plans.close()
-        if communicator is not None:
-            communicator.close()
 
 
 def follow(config: WorkerConfig, invitation: Invitation, loaded: Callable[[PoolHandle], None]) -> None:
     """Another rank's life. `loaded` is told its pool's handle. Raises RankLost when a rank has died, ConfigError for
     what a person must mend."""
-    rank, device = invitation.rank, torch.device(config.device)
-    plans = PlanReader.join(invitation.plans, rank, config.tp)
-    try:
-        if _on_gpu(config):
-            communicator: Communicator = _nccl(invitation.meeting, rank, config)
-        else:
-            communicator = SharedMemory.join(invitation.meeting, rank, config.tp)
+    device = torch.device(config.device)
+    with (
+        closing(PlanReader.join(invitation.plans, invitation.rank, config.tp)) as plans,
+        closing(_join(config, invitation)) as communicator,
+    ):
         try:
             part = load_part(
                 config.model_dir,
@@ -95,16 +83,12 @@ def follow(config: WorkerConfig, invitation: Invitation, loaded: Callable[[PoolH
                 config.threads,
                 communicator=communicator,
             )
-            assert part.kv_cache.shared is not None, "a pool that rank 0 can't map"
-            loaded(part.kv_cache.shared.handle)
-            Follower(part.executor(config.max_batch), plans, communicator, device).run()
-            communicator.barrier()
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        finally:
-            communicator.close()
-    finally:
-        plans.close()
+        assert part.kv_cache.shared is not None, "a pool that rank 0 can't map"
+        loaded(part.kv_cache.shared.handle)
+        Follower(part.executor(config.max_batch), plans, communicator, device).run()
+        communicator.barrier()
 
 
 def dtype_of(config: WorkerConfig) -> torch.dtype:
@@ -112,6 +96,23 @@ def dtype_of(config: WorkerConfig) -> torch.dtype:
     if config.dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {config.dtype!r}")
     return DTYPES[config.dtype]
+
+
+def _meeting(config: WorkerConfig, gang: Gang, plans: PlanWriter) -> Communicator:
+    """Rank 0's. It invites first: on GPUs to meet is to wait for all."""
+    if _on_gpu(config):
+        meeting = f"file://{config.ring_dir / config.ring_name}.meeting"  # a folder that only its owner may enter
+        gang.invite(_invitations(config, meeting, plans))
+        return _nccl(meeting, 0, config)
+    shared = SharedMemory.create(config.tp)
+    gang.invite(_invitations(config, shared.address, plans))
+    return shared
+
+
+def _join(config: WorkerConfig, invitation: Invitation) -> Communicator:
+    if _on_gpu(config):
+        return _nccl(invitation.meeting, invitation.rank, config)
+    return SharedMemory.join(invitation.meeting, invitation.rank, config.tp)
 
 
 def _invitations(config: WorkerConfig, meeting: str, plans: PlanWriter) -> list[Invitation]:
@@ -128,4 +129,8 @@ def _on_gpu(config: WorkerConfig) -> bool:
 
 def _nccl(url: str, rank: int, config: WorkerConfig) -> Nccl:
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # its sockets ask nobody who he is
-    return Nccl(Rendezvous(url, rank, config.tp), torch.device("cuda", torch.cuda.current_device()))
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        return Nccl(Rendezvous(url, rank, config.tp, meet_s=config.start_timeout_s), device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

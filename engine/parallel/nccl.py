@@ -1,8 +1,8 @@
 """Ranks that each have a GPU: NCCL, through torch. Every meeting is queued on the caller's current stream; the host
 waits for none but a barrier. Capturing one in a CUDA graph this way did not end on two H200 (torch 2.11).
 
-A rank that dies leaves the others' streams in a kernel that does not end, and who waits for such a stream waits until
-its process is ended: the death of a rank ends its worker, from outside. One that hangs without dying is not noticed.
+A rank that dies or hangs leaves the others' streams in a kernel that does not end, and who waits for such a stream
+waits with it, though not for ever: kernels/device_wait.py. The death of a rank ends its worker, from outside.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed
 from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
 
+from ...kernels.device_wait import DeviceStuck, settle
 from .communicator import RankLost
 from .rendezvous import Rendezvous
 
@@ -56,12 +57,15 @@ class Nccl:
 
     def barrier(self) -> None:
         self.all_reduce(torch.zeros(1, device=self._device))
-        torch.cuda.current_stream(self._device).synchronize()
+        try:
+            settle(self._device)
+        except DeviceStuck as error:
+            raise RankLost(f"a rank did not come: {error}") from error
 
     def close(self) -> None:
-        """Not while a peer still comes to meetings."""
+        """Not while a peer still comes to meetings. Waits for no peer, and ends the kernel in which one left us."""
         if self._group is not None:
-            self._group.shutdown()
+            self._group.abort()
             self._group = None
 
     def _queue(self, begin: Any, *arguments: Any) -> None:

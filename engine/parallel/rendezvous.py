@@ -17,7 +17,8 @@ class Rendezvous:
     url: str
     rank: int
     size: int
-    timeout_s: float = 60.0  # to meet at first, and at each meeting
+    meet_s: float = 60.0  # until all are there at first
+    timeout_s: float = 60.0  # how late a peer may be at each later meeting
     name: str = "ranks"  # groups of different names may use one url, if not at the same time
 
     @property
@@ -26,13 +27,13 @@ class Rendezvous:
 
     def store(self) -> Store:
         """Raises RankLost where rank 0 is not there in time, ValueError for another kind of url."""
-        where = urlsplit(self.url)
+        where, patience = urlsplit(self.url), timedelta(seconds=self.meet_s)
         if where.scheme == "file":
             store: Store = FileStore(where.path, self.size)
-            store.set_timeout(self.timeout)
+            store.set_timeout(patience)
         elif where.scheme == "tcp" and where.hostname and where.port:
             try:
-                store = TCPStore(where.hostname, where.port, self.size, self.rank == 0, self.timeout)
+                store = TCPStore(where.hostname, where.port, self.size, self.rank == 0, patience)
             except RuntimeError as error:
                 raise RankLost(f"the ranks did not meet at {self.url}: {error}") from error
         else:

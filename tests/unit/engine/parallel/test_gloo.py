@@ -40,7 +40,7 @@ def test_meetings_over_tcp_give_what_they_say(scheme: str, ranks: Ranks, tmp_pat
 
 def test_a_rank_whose_peer_never_comes_says_so() -> None:
     with pytest.raises(RankLost, match="did not meet at tcp"):
-        Gloo(Rendezvous(f"tcp://127.0.0.1:{free_port()}", 0, 2, timeout_s=0.3), "127.0.0.1")
+        Gloo(Rendezvous(f"tcp://127.0.0.1:{free_port()}", 0, 2, meet_s=0.3, timeout_s=0.3), "127.0.0.1")
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:99", "tcp://127.0.0.1", "env://"])
