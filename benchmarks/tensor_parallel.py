@@ -68,23 +68,24 @@ def all_reduces(peers: dict[str, Communicator], rounds: int) -> None:
 
 def a_plan(rows: int, step: int) -> StepInput:
     """A decode step in full flight: every sixteenth row opens a block. Carries when it was made."""
-    changes, none32, none64 = rows // 16, np.empty(0, np.int32), np.empty(0, np.int64)
+    changes, none = rows // 16, np.empty(0, np.int64)
     made_at = np.frombuffer(struct.pack("=d", time.perf_counter()), np.int64)
     return StepInput(
-        copy_from=none32,
-        copy_to=none32,
+        copy_from=none,
+        copy_to=none,
         table_at=np.arange(changes) * 64,
         table_blocks=np.arange(changes, dtype=np.int32),
-        token_rows=none32,
+        token_rows=none,
         token_ids=made_at,
-        decode_rows=np.arange(rows, dtype=np.int32),
-        decode_positions=np.full(rows, step),
-        chunk_rows=none32,
-        chunk_starts=none64,
-        chunk_counts=none64,
-        chunk_ids=none64,
+        decode_rows=np.arange(rows),
+        positions=np.full(rows, step),
+        slots=np.arange(rows),
+        chunk_rows=none,
+        chunk_starts=none,
+        chunk_counts=none,
+        chunk_ids=none,
         wanted=np.arange(rows),
-        sampled_rows=np.arange(rows, dtype=np.int32),
+        sampled_rows=np.arange(rows),
     )
 
 

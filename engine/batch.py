@@ -13,7 +13,7 @@ from ..kernels.paged_attention import DecodePlan, Workspace, plan_decode
 from ..kernels.prefill_attention import PrefillPlan, plan_prefill
 from ..kernels.write_kv import plan_write
 from .staging import Array, Staging
-from .step_input import I64, StepInput
+from .step_input import StepInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,55 +61,46 @@ class DeviceTables:
         self._tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=pool.device)  # [R, W]
         self._flat_tables = self._tables.view(-1)
         self._last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=pool.device)  # [R]
+        self._sampled_rows: Tensor | None = None  # of the last step, until it is told what they were given
 
-    def accept(self, rows: Tensor, token_ids: Tensor) -> None:
-        """The last tokens of these rows, as sampled.    rows [S] i64, token_ids [S] i64, on the device."""
-        self._last_tokens.index_copy_(0, rows, token_ids)
+    def accept(self, token_ids: Tensor) -> None:
+        """What the last step's `sampled_rows` were given.    token_ids [S'] i64, on the device."""
+        assert self._sampled_rows is not None, "no step has sampled rows"
+        self._last_tokens.index_copy_(0, self._sampled_rows, token_ids)
+        self._sampled_rows = None
 
     def batch(self, step: StepInput) -> Batch:
-        """Takes the step's changes over; gives what the model needs.
-
-        What the host can reckon is reckoned there: an operation on a small tensor costs its thread more than one on an
-        array, on every device.
-        """
-        rows, positions, num_decode = step.decode_rows.astype(np.int64), step.decode_positions, len(step.decode_rows)
-        if len(step.chunk_rows):
-            rows = np.concatenate((rows, np.repeat(step.chunk_rows, step.chunk_counts)))
-            positions = np.concatenate((positions, _runs(step.chunk_starts, step.chunk_counts)))
-        columns = positions // self._pool.shape[4]
-        arrays: list[Array] = [
-            rows[:num_decode],
-            (step.decode_positions + 1).astype(np.int32),
-            positions,
-            rows * self._tables.shape[1] + columns,
-            positions - columns * self._pool.shape[4],
-        ]
+        """Takes the step's changes over; gives what the model needs."""
+        num_decode, has_chunks = len(step.decode_rows), len(step.chunk_rows) > 0
+        lens = step.positions[:num_decode] + 1
+        arrays: list[Array] = [step.decode_rows, lens.astype(np.int32), step.positions, step.slots]
         if len(step.table_at):
             arrays += (step.table_at, step.table_blocks)
         if len(step.token_rows):
-            arrays += (step.token_rows.astype(np.int64), step.token_ids)
-        if len(step.chunk_rows):
-            arrays += (step.chunk_rows.astype(np.int64), step.chunk_ids)
-        if len(step.wanted) < len(rows):
+            arrays += (step.token_rows, step.token_ids)
+        if has_chunks:
+            arrays += (step.chunk_rows, step.chunk_ids, step.sampled_rows)
+        if len(step.wanted) < len(step.positions):
             arrays.append(step.wanted)
-        decode_rows, lens, there, places, offsets, *others = self._staging.send(arrays)
+        decode_rows, context_lens, positions, slots, *others = self._staging.send(arrays)
         sent = iter(others)
         if len(step.table_at):
             self._flat_tables.index_copy_(0, next(sent), next(sent))
         if len(step.token_rows):
             self._last_tokens.index_copy_(0, next(sent), next(sent))
-        chunk_rows, chunk_ids = (next(sent), next(sent)) if len(step.chunk_rows) else (None, None)
-        last_tokens = self._last_tokens.index_select(0, decode_rows)
-        slots = offsets.add(self._flat_tables.index_select(0, places), alpha=self._pool.shape[4])
-        width = int(columns[:num_decode].max()) + 1 if num_decode else 0
+        token_ids = self._last_tokens.index_select(0, decode_rows)
+        self._sampled_rows = decode_rows
+        if has_chunks:
+            chunk_rows, chunk_ids, self._sampled_rows = next(sent), next(sent), next(sent)
+            token_ids = torch.cat((token_ids, chunk_ids))
         return Batch(
-            token_ids=last_tokens if chunk_ids is None else torch.cat((last_tokens, chunk_ids)),
-            positions=there,
+            token_ids=token_ids,
+            positions=positions,
             slots=slots,
             write_plan=plan_write(self._pool, slots),
             num_decode=num_decode,
-            decode=self._decode(decode_rows, lens, width) if num_decode else None,
-            prefill=None if chunk_rows is None else self._prefill(chunk_rows, step),
+            decode=self._decode(decode_rows, context_lens, int(lens.max())) if num_decode else None,
+            prefill=self._prefill(chunk_rows, step) if has_chunks else None,
             wanted=next(sent, None),
         )
 
@@ -117,8 +108,8 @@ class DeviceTables:
     def staging(self) -> Staging:
         return self._staging
 
-    def _decode(self, rows: Tensor, lens: Tensor, width: int) -> DecodeRows:
-        tables = self._tables[:, :width].index_select(0, rows)
+    def _decode(self, rows: Tensor, lens: Tensor, longest: int) -> DecodeRows:
+        tables = self._tables[:, : -(-longest // self._pool.shape[4])].index_select(0, rows)
         return DecodeRows(tables, lens, plan_decode(self._pool, tables, lens, self._windows, self._workspace))
 
     def _prefill(self, rows: Tensor, step: StepInput) -> PrefillRows:
@@ -126,11 +117,3 @@ class DeviceTables:
         tables = self._tables[:, : -(-int(contexts.max()) // self._pool.shape[4])].index_select(0, rows)
         starts, lens = (0, *np.cumsum(step.chunk_counts).tolist()), tuple(contexts.tolist())
         return PrefillRows(tables, starts, lens, plan_prefill(self._pool, tables, starts, lens, self._windows))
-
-
-def _runs(starts: I64, counts: I64) -> I64:
-    """start, start + 1, ... of each start, so many, one run after the other."""
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if len(ends) else 0
-    runs: I64 = np.arange(total) + np.repeat(starts - (ends - counts), counts)
-    return runs

@@ -166,7 +166,7 @@ class ContinuousBatch:
             return None
         if flight is not None:
             result.stats = StepStats(
-                sequences=len(flight.rows),
+                sequences=flight.num_sequences,
                 prefill_tokens=flight.chunk_tokens,
                 decode_tokens=len(flight.decode_rows),
                 plan_s=flight.launched_at - begin,
@@ -215,13 +215,10 @@ class ContinuousBatch:
     def _plan(self, now: float) -> StepPlan:
         rows, block_tokens = self._rows, self._engine.geometry.block_tokens
         running, lacking, chunked = rows.runnable()
-        needed = (rows.known[running] + block_tokens - 1) // block_tokens - rows.num_blocks[running]
-        if rows.borrows.any():
-            needed += rows.borrows[running]
         snapshot = Snapshot(
             rows=running,
             lacking=lacking,
-            blocks_needed=np.maximum(needed, 0),
+            blocks_needed=rows.blocks_needed(running, block_tokens),
             chunked=chunked,
             available=self._engine.ledger.available,
             coming=self._residents.blocks_coming,
@@ -252,7 +249,8 @@ class ContinuousBatch:
         alone = self._residents.num_tenants <= 1 and self._turns.even  # and stays even, whatever it is served
         if (plan.chunks or waiting) and not alone:
             self._turns.charge(self._rows.costs(plan.decode, plan.chunks), waiting.keys())
-        step, flight = build_step(plan, self._rows, self._make_room(plan), perf_counter())
+        copies = self._make_room(plan)
+        step, flight = build_step(plan, self._rows, copies, self._engine.geometry.block_tokens, perf_counter())
         flight.logits = self._engine.executor.forward(step)
         return flight
 
@@ -260,18 +258,18 @@ class ContinuousBatch:
         """Blocks for what the step writes; gives what has to be copied first."""
         rows, block_tokens = self._rows, self._engine.geometry.block_tokens
         copies: list[tuple[int, int]] = []
-        if rows.borrows.any():
-            taking = np.concatenate((plan.decode, np.array([row for row, _ in plan.chunks], np.int32)))
-            for row in taking[rows.borrows[taking]].tolist():
+        if rows.borrowers:
+            taking = {*plan.decode.tolist(), *(row for row, _ in plan.chunks)}
+            for row in sorted(rows.borrowers & taking):
                 seq = rows.sequence(row)
                 copy = self._holdings.own_last_block(seq)
                 if copy is not None:
                     copies.append(copy)
                     rows.replace_block(row, len(seq.blocks) - 1, copy[1])
-                rows.borrows[row] = False
-        decode = plan.decode
-        growing = decode[rows.launched[decode] // block_tokens >= rows.num_blocks[decode]]
-        rows.add_block_each(growing, self._holdings.grow(rows.sequences_of(growing)))
+                rows.borrowers.remove(row)
+        growing = plan.decode[rows.blocks_needed(plan.decode, block_tokens) > 0]  # nobody of the step borrows any more
+        if len(growing):
+            rows.add_block_each(growing, self._holdings.grow(rows.sequences_of(growing)))
         return copies
 
     # Taking in
@@ -279,45 +277,45 @@ class ContinuousBatch:
     def _collect(self, flight: Flight, result: StepResult) -> None:
         """What a step has computed and chosen. On a GPU this waits for it."""
         chosen = self._sampling.take(flight)
-        self._rows.flying[flight.rows] -= 1
+        self._rows.collect()
         self._advance(flight, result)
         self._take_tokens(flight, chosen, result)
         self._residents.step_is_over()
 
     def _advance(self, flight: Flight, result: StepResult) -> None:
-        rows, decode = self._rows, flight.decode_rows
-        computed = rows.computed[decode] = rows.computed[decode] + 1
-        for row in decode[computed % self._engine.geometry.block_tokens == 0].tolist():
-            if rows.live[row] and self._holdings.advance(rows.sequence(row), int(rows.computed[row])):
+        rows, ends = self._rows, flight.decode_ends
+        rows.computed[flight.decode_rows] = ends
+        for index in (ends % self._engine.geometry.block_tokens == 0).nonzero()[0].tolist():
+            row = int(flight.decode_rows[index])
+            if rows.live[row] and self._holdings.advance(rows.sequence(row), int(ends[index])):
                 self._residents.waiting.stir()
+        if not flight.chunk_tokens:
+            return
         for row, end in zip(flight.chunk_rows.tolist(), flight.chunk_ends.tolist(), strict=True):
             rows.computed[row] = end
             if rows.live[row]:
                 seq = rows.sequence(row)
                 self._holdings.advance(seq, end)
                 result.advanced.append(seq)
-        if flight.chunk_tokens:
-            self._preemption.computed(flight.chunk_tokens, perf_counter() - flight.launched_at)
-            self._residents.waiting.stir()
+        self._preemption.computed(flight.chunk_tokens, perf_counter() - flight.launched_at)
+        self._residents.waiting.stir()
 
     def _take_tokens(self, flight: Flight, sampled: Sampled, result: StepResult) -> None:
         rows = self._rows
-        taken, ids = flight.sampled_rows, sampled.token_ids
+        taken, ids, lengths = flight.sampled_rows, sampled.token_ids, flight.lengths
         positions, logprobs = flight.positions, sampled.logprobs
-        usable = rows.live[taken] & (ids != NO_TOKEN)
-        if not usable.all():
-            if (ids == NO_TOKEN).any():
+        if self._residents.some_leave or not sampled.complete:
+            if not sampled.complete:
                 self._fail(flight, sampled, result)
-            at = usable.nonzero()[0]
-            taken, positions, ids = taken[at], positions[at], ids[at]
+            at = (rows.live[taken] & (ids != NO_TOKEN)).nonzero()[0]
+            taken, positions, ids, lengths = taken[at], positions[at], ids[at], lengths[at]
             logprobs = {place: logprobs[index] for place, index in enumerate(at.tolist()) if index in logprobs}
         sequences = rows.sequences_of(taken)
         for seq, token in zip(sequences, ids.tolist(), strict=True):
             seq.tokens.append(token)
-        settled = rows.settled[taken] = rows.settled[taken] + 1
         self._sampling.settle(taken, ids)
         result.tokens = Chosen(sequences, ids, positions, rows.tag[taken], logprobs)
-        over = (rows.stops[taken] == ids[:, None]).any(1) | (settled == rows.limit[taken])
+        over = (rows.stops[taken] == ids[:, None]).any(1) | (lengths == rows.limit[taken])
         for index in over.nonzero()[0].tolist():
             self._finish(self._residents.of(sequences[index]), result)
 

@@ -31,14 +31,11 @@ class Executor:
             self._copy_blocks(step)
         return self._model.forward(self._tables.batch(step), self._kv_cache.pool)
 
-    def accept(self, rows: Tensor, token_ids: Tensor) -> None:
-        """What was sampled for these rows: their next step reads it.
-
-        rows [S] i64, token_ids [S] i64.
-        """
-        self._tables.accept(rows, token_ids)
+    def accept(self, token_ids: Tensor) -> None:
+        """What was sampled for the last step's `sampled_rows`: their next step reads it.    token_ids [S'] i64"""
+        self._tables.accept(token_ids)
 
     def _copy_blocks(self, step: StepInput) -> None:
-        source, target = self.staging.send((step.copy_from.astype("int64"), step.copy_to.astype("int64")))
+        source, target = self.staging.send((step.copy_from, step.copy_to))
         blocks = self._kv_cache.block_bytes_view
         blocks.index_copy_(0, target, blocks.index_select(0, source))

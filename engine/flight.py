@@ -11,7 +11,7 @@ from .rows import Rows
 from .sampler import Pending
 from .scheduler import StepPlan
 from .sequence import Sequence
-from .step_input import I32, I64, StepInput
+from .step_input import I64, StepInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +29,15 @@ class PromptPart:
 class Flight:
     """One step under way. Its rows stay with their sequences until it is taken in."""
 
-    rows: I32  # [S + C]
-    decode_rows: I32  # [S]
-    chunk_rows: I32  # [C]
-    chunk_ends: I64  # [C] tokens whose KV is there after it
-    sampled_rows: I32  # [S'] that get a token
+    num_sequences: int
+    decode_rows: I64  # [S]
+    decode_ends: I64  # [S] tokens whose KV is there after it
+    chunk_rows: I64  # [C]
+    chunk_ends: I64  # [C] the same
+    sampled_rows: I64  # [S'] that get a token
     sampled_at: I64 | None  # [S'] their rows among the logits; None: all, in order
     positions: I64  # [S'] which token of its answer each gets, from 0
+    lengths: I64  # [S'] tokens that each has with it
     prompt_parts: tuple[PromptPart, ...]
     chunk_tokens: int
     launched_at: float
@@ -44,28 +46,35 @@ class Flight:
     prompt_logprobs: list[tuple[PromptPart, PendingLogprobs]] = field(default_factory=list)
 
 
-def build_step(plan: StepPlan, rows: Rows, copies: list[tuple[int, int]], now: float) -> tuple[StepInput, Flight]:
+def build_step(
+    plan: StepPlan, rows: Rows, copies: list[tuple[int, int]], block_tokens: int, now: float
+) -> tuple[StepInput, Flight]:
     """The step that a plan asks for. Its rows count as launched and under way from now on."""
-    decode, decode_positions = plan.decode, rows.launched[plan.decode]
-    chunks = _chunks(plan, rows) if plan.chunks else _NO_CHUNKS
-    sampled_rows, all_rows, wanted = decode, decode, np.arange(len(decode))
+    decode, positions = plan.decode, rows.launched[plan.decode]
+    decode_ends = rows.launched[decode] = positions + 1
+    chunks, sampled_rows, all_rows, of_tokens, wanted = _NO_CHUNKS, decode, decode, decode, np.arange(len(decode))
     parts: tuple[PromptPart, ...] = ()
     sampled_at: I64 | None = None
     if plan.chunks:
+        chunks = _chunks(plan, rows)
         finishing = chunks.ends == rows.known[chunks.rows]
         sampled_rows = np.concatenate((decode, chunks.rows[finishing]))
         all_rows = np.concatenate((decode, chunks.rows))
+        of_tokens = np.concatenate((decode, np.repeat(chunks.rows, chunks.counts)))
+        positions = np.concatenate((positions, _runs(chunks.starts, chunks.counts)))
         wanted, parts, sampled_at = _wanted(len(decode), chunks, finishing)
+        rows.launched[chunks.rows] = chunks.ends
     at, blocks, token_rows, token_ids = rows.changes()
     step = StepInput(
-        copy_from=np.array([source for source, _ in copies], np.int32) if copies else _NO_BLOCKS,
-        copy_to=np.array([target for _, target in copies], np.int32) if copies else _NO_BLOCKS,
+        copy_from=np.array([source for source, _ in copies], np.int64) if copies else _NONE,
+        copy_to=np.array([target for _, target in copies], np.int64) if copies else _NONE,
         table_at=at,
         table_blocks=blocks,
         token_rows=token_rows,
         token_ids=token_ids,
         decode_rows=decode,
-        decode_positions=decode_positions,
+        positions=positions,
+        slots=rows.slots(of_tokens, positions, block_tokens),
         chunk_rows=chunks.rows,
         chunk_starts=chunks.starts,
         chunk_counts=chunks.counts,
@@ -74,48 +83,54 @@ def build_step(plan: StepPlan, rows: Rows, copies: list[tuple[int, int]], now: f
         sampled_rows=sampled_rows,
     )
     known = rows.known[sampled_rows]
+    lengths = rows.known[sampled_rows] = known + 1
+    rows.launch(all_rows)
     flight = Flight(
-        rows=all_rows,
+        num_sequences=len(all_rows),
         decode_rows=decode,
+        decode_ends=decode_ends,
         chunk_rows=chunks.rows,
         chunk_ends=chunks.ends,
         sampled_rows=sampled_rows,
         sampled_at=sampled_at,
         positions=known - rows.prompt[sampled_rows],
+        lengths=lengths,
         prompt_parts=parts,
         chunk_tokens=len(chunks.ids),
         launched_at=now,
     )
-    rows.launched[decode] = decode_positions + 1
-    if plan.chunks:
-        rows.launched[chunks.rows] = chunks.ends
-    rows.known[sampled_rows] = known + 1
-    rows.flying[all_rows] += 1
     return step, flight
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunks:
     sequences: list[Sequence]
-    rows: I32  # [C]
+    rows: I64  # [C]
     starts: I64  # [C]
     counts: I64  # [C]
     ends: I64  # [C]
     ids: I64  # [sum of counts]
 
 
-_NO_BLOCKS = np.empty(0, np.int32)
-_NO_CHUNKS = _Chunks([], np.empty(0, np.int32), *(np.empty(0, np.int64) for _ in range(4)))
+_NONE = np.empty(0, np.int64)
+_NO_CHUNKS = _Chunks([], _NONE, _NONE, _NONE, _NONE, _NONE)
 
 
 def _chunks(plan: StepPlan, rows: Rows) -> _Chunks:
-    of = np.array([row for row, _ in plan.chunks], np.int32)
+    of = np.array([row for row, _ in plan.chunks], np.int64)
     counts = np.array([count for _, count in plan.chunks], np.int64)
     starts = rows.launched[of]
     ends = starts + counts
     sequences = rows.sequences_of(of)
     pieces = [seq.ids(start, end) for seq, start, end in zip(sequences, starts.tolist(), ends.tolist(), strict=True)]
     return _Chunks(sequences, of, starts, counts, ends, np.concatenate(pieces))
+
+
+def _runs(starts: I64, counts: I64) -> I64:
+    """start, start + 1, ... of each start, so many, one run after the other."""
+    ends = np.cumsum(counts)
+    runs: I64 = np.arange(int(ends[-1])) + np.repeat(starts - (ends - counts), counts)
+    return runs
 
 
 def _wanted(

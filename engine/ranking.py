@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 _SORTED_FROM = 1024  # as many of the best or more: a sort is no slower
-_BLOCK = 128  # tokens
 
 
 def parts(rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
@@ -24,15 +23,11 @@ def first_best(values: Tensor) -> tuple[Tensor, Tensor]:
 
     values [S, V] f32 -> [S] f32, [S] i64
     """
-    rows, vocab_size = values.shape
-    if values.device.type != "cpu" or vocab_size % _BLOCK or values.numel() < 1 << 14:
+    if values.device.type != "cpu":
         largest, at = values.max(-1)
         return largest, at
-    # torch's max with indices on a CPU reads one number at a time, its amax sixteen: five times as fast, by blocks.
-    blocks = values.contiguous().view(rows, vocab_size // _BLOCK, _BLOCK)
-    largest, block = blocks.amax(-1).max(-1, keepdim=True)
-    within = blocks.gather(1, block[:, :, None].expand(rows, 1, _BLOCK))[:, 0].argmax(-1, keepdim=True)
-    return largest[:, 0], (block * _BLOCK + within)[:, 0]
+    at = torch.from_numpy(values.numpy().argmax(-1))  # torch's reads one number at a time: a tenth as fast
+    return values.gather(1, at[:, None])[:, 0], at
 
 
 def best_first(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -242,7 +242,12 @@ class Residents:
 
     def is_flying(self, member: Member) -> bool:
         """A step under way has its row."""
-        return member.row >= 0 and bool(self._rows.flying[member.row])
+        return member.row >= 0 and self._rows.is_flying(member.row)
+
+    @property
+    def some_leave(self) -> bool:
+        """A step under way may have rows whose sequences are over."""
+        return bool(self._leaving)
 
     def preemptible(self) -> dict[int, Member]:
         """Whom a lack of blocks may put back: those with a row by its number, ready ones by numbers behind."""

@@ -14,6 +14,7 @@ from .sequence import Sequence
 from .step_input import I32, I64
 
 _NO_TOKEN = -2  # never sampled: fills the unused places of `stops`
+_NONE = np.empty(0, np.int64)
 
 
 class Rows:
@@ -24,27 +25,30 @@ class Rows:
         self.num_blocks = np.zeros(max_rows, np.int64)  # held by the row's sequence
         self.launched = np.zeros(max_rows, np.int64)  # tokens whose KV is there or under way
         self.known = np.zeros(max_rows, np.int64)  # tokens that are there or are being sampled
-        self.settled = np.zeros(max_rows, np.int64)  # tokens that the host has
         self.computed = np.zeros(max_rows, np.int64)  # tokens whose KV is there
         self.prompt = np.zeros(max_rows, np.int64)  # tokens of the prompt
         self.limit = np.zeros(max_rows, np.int64)  # tokens when the sequence leaves the batch at the latest
         self.last = np.zeros(max_rows, np.int64)  # tokens whose KV is ever computed: not that of the last one
         self.tag = np.zeros(max_rows, np.int64)  # the caller's
-        self.flying = np.zeros(max_rows, np.int64)  # steps under way that have this row
+        self.tables = np.zeros((max_rows, max_blocks), np.int32)  # the blocks themselves, in order
         self.live = np.zeros(max_rows, np.bool_)  # its sequence takes tokens
         self.runs = np.zeros(max_rows, np.bool_)  # and may be in the next step
-        self.borrows = np.zeros(max_rows, np.bool_)  # its last block is another's: copy before writing
         self.chunked = np.zeros(max_rows, np.bool_)  # is computed in chunks even where one token lacks
         self.stops = np.full((max_rows, 1), _NO_TOKEN, np.int64)
+        self._ones, self._nothing = np.ones(max_rows, np.int64), np.zeros(max_rows, np.bool_)
+        self.borrowers: set[int] = set()  # rows whose last block is another's: copy before writing
         self._max_blocks = max_blocks
         self._tenants: dict[str, int] = {}
         self._since = np.zeros(max_rows, np.int64)  # rises from one sequence to the next
         self._tenant = np.zeros(max_rows, np.int64)
         self._taken = 0
         self._reading = True  # some row may have tokens of its prompt ahead
+        self._step = np.zeros(max_rows, np.int64)  # the last one that has the row
+        self._launched_steps = 0
+        self._collected_steps = 0
         self._free = list(range(max_rows - 1, -1, -1))
-        self._table_at: list[int] = []
-        self._table_blocks: list[BlockId] = []
+        self._flat_tables = self.tables.reshape(-1)
+        self._table_at: list[int] = []  # what the device has not been told of
         self._fresh_tokens: dict[int, int] = {}
 
     @property
@@ -57,18 +61,19 @@ class Rows:
         self.sequences[row] = seq
         self.num_blocks[row] = 0
         self.launched[row] = self.computed[row] = seq.computed
-        self.known[row] = self.settled[row] = seq.length
+        self.known[row] = seq.length
         self.prompt[row] = len(seq.prompt)
         self.limit[row] = limit
         self.last[row] = limit - 1
         self.tag[row] = seq.tag
-        self.flying[row] = 0
+        self._step[row] = 0
         self.live[row] = self.runs[row] = True
         self._taken += 1
-        self._reading = True
+        self._reading |= chunked or seq.length - seq.computed > 1
         self._since[row] = self._taken
         self._tenant[row] = self._tenants.setdefault(seq.tenant, len(self._tenants))
-        self.borrows[row] = borrows
+        if borrows:
+            self.borrowers.add(row)
         self.chunked[row] = chunked
         self._set_stops(row, sorted(seq.sampling.stop_token_ids))
         self.add_blocks(row, seq.blocks)
@@ -78,6 +83,7 @@ class Rows:
     def give_back(self, row: int) -> None:
         self.sequences[row] = None
         self.live[row] = self.runs[row] = False
+        self.borrowers.discard(row)
         self._fresh_tokens.pop(row, None)
         self._free.append(row)
 
@@ -86,45 +92,66 @@ class Rows:
         self._change(row, int(self.num_blocks[row]), blocks)
         self.num_blocks[row] += len(blocks)
 
-    def add_block_each(self, rows: I32, blocks: Seq[BlockId]) -> None:
+    def add_block_each(self, rows: I64, blocks: Seq[BlockId]) -> None:
         """Each row's sequence has one of these blocks too."""
-        self._table_at += (rows.astype(np.int64) * self._max_blocks + self.num_blocks[rows]).tolist()
-        self._table_blocks += blocks
-        self.num_blocks[rows] += 1
+        columns = self.num_blocks[rows]
+        self.tables[rows, columns] = blocks
+        self._table_at += (rows * self._max_blocks + columns).tolist()
+        self.num_blocks[rows] = columns + 1
 
     def replace_block(self, row: int, column: int, block: BlockId) -> None:
         self._change(row, column, [block])
 
-    def changes(self) -> tuple[I64, I32, I32, I64]:
+    def changes(self) -> tuple[I64, I32, I64, I64]:
         """(table_at, table_blocks, token_rows, token_ids) since the last call, as `StepInput` wants them."""
-        at, blocks, tokens = self._table_at, self._table_blocks, self._fresh_tokens
-        self._table_at, self._table_blocks, self._fresh_tokens = [], [], {}
-        if len(set(at)) < len(at):  # told anew before it was fetched: a device writes in any order, so the last alone
-            last = dict(zip(at, blocks, strict=True))
-            at, blocks = list(last), list(last.values())
-        return (
-            np.array(at, np.int64),
-            np.array(blocks, np.int32),
-            np.array(list(tokens), np.int32),
-            np.array(list(tokens.values()), np.int64),
-        )
+        at, tokens = np.array(self._table_at, np.int64), self._fresh_tokens
+        self._table_at, self._fresh_tokens = [], {}
+        if not tokens:
+            return at, self._flat_tables[at], _NONE, _NONE
+        return at, self._flat_tables[at], np.array(list(tokens), np.int64), np.array(list(tokens.values()), np.int64)
 
-    def runnable(self) -> tuple[I32, I64, npt.NDArray[np.bool_]]:
+    def slots(self, rows: I64, positions: I64, block_tokens: int) -> I64:
+        """Where the KV of these tokens lies: block * block_tokens + offset.    rows [T], positions [T] -> [T]"""
+        columns = positions // block_tokens
+        found: I64 = (self.tables[rows, columns] - columns) * block_tokens + positions
+        return found
+
+    def launch(self, rows: I64) -> None:
+        """The next step has these rows. Steps are taken in, each with `collect`, in the order in which they came."""
+        self._launched_steps += 1
+        self._step[rows] = self._launched_steps
+
+    def collect(self) -> None:
+        """The oldest step under way is over."""
+        self._collected_steps += 1
+
+    def is_flying(self, row: int) -> bool:
+        """A step under way has the row."""
+        return int(self._step[row]) > self._collected_steps
+
+    def blocks_needed(self, rows: I64, block_tokens: int) -> I64:
+        """More than they hold, for the next step of each: of a prompt's blocks none lacks.    rows [n] -> [n]"""
+        needed: I64 = (self.launched // block_tokens >= self.num_blocks)[rows].astype(np.int64)
+        if self.borrowers:
+            needed += np.isin(rows, list(self.borrowers))
+        return needed
+
+    def runnable(self) -> tuple[I64, I64, npt.NDArray[np.bool_]]:
         """Rows that have something to compute, in the order in which they were taken where chunks are among it.
 
         (rows [n], lacking [n] tokens, chunked [n]: it is computed in chunks even where it lacks one token alone)
         """
         lacking = np.minimum(self.known, self.last) - self.launched
         rows = (self.runs & (lacking > 0)).nonzero()[0]
+        if not self._reading:  # each lacks one token, and where all decode their order does not matter
+            return rows, self._ones[: len(rows)], self._nothing[: len(rows)]
         lacking = lacking[rows]
-        chunked = self.chunked[rows]
-        if chunked.any():
-            chunked &= self.launched[rows] < self.prompt[rows]
+        chunked = self.chunked[rows] & (self.launched[rows] < self.prompt[rows])
         self._reading = bool(chunked.any() or (lacking > 1).any())
         if self._reading:
             order = np.argsort(self._since[rows])
             rows, lacking, chunked = rows[order], lacking[order], chunked[order]
-        return rows.astype(np.int32), lacking, chunked  # where all decode their order does not matter
+        return rows, lacking, chunked
 
     def tokens_ahead(self) -> int:
         """Of prompts, still to be computed."""
@@ -135,7 +162,7 @@ class Rows:
         for longer than it takes to copy them."""
         return int((self.num_blocks * block_tokens - self.computed)[self.live].sum())
 
-    def costs(self, decode: I32, chunks: Seq[tuple[int, int]]) -> dict[str, int]:
+    def costs(self, decode: I64, chunks: Seq[tuple[int, int]]) -> dict[str, int]:
         """What a step that is not launched yet does for each tenant. Tokens that are computed again cost nothing."""
         costs = np.bincount(self._tenant[decode], minlength=len(self._tenants)) * OUTPUT_WEIGHT
         for row, count in chunks:
@@ -155,9 +182,9 @@ class Rows:
         return [found[row] for row in rows.tolist()]
 
     def _change(self, row: int, column: int, blocks: Seq[BlockId]) -> None:
+        self.tables[row, column : column + len(blocks)] = blocks
         begin = row * self._max_blocks + column
         self._table_at += range(begin, begin + len(blocks))
-        self._table_blocks += blocks
 
     def _set_stops(self, row: int, stops: list[int]) -> None:
         if len(stops) > self.stops.shape[1]:

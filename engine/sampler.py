@@ -52,6 +52,7 @@ class Sampled:
     """What was chosen, as the host knows it."""
 
     token_ids: I64  # [S]; NO_TOKEN where the logits gave none
+    complete: bool  # they gave one for each
     logprobs: dict[int, TokenLogprobs]  # by row of the logits, of those that asked
 
 
@@ -72,11 +73,12 @@ class Pending:
         """Waits until the copy is here."""
         chosen, largest = (part.numpy() for part in self._chosen.wait())
         usable = np.isfinite(largest)
-        token_ids = chosen if usable.all() else np.where(usable, chosen, NO_TOKEN)
+        complete = bool(usable.all())
+        token_ids = chosen if complete else np.where(usable, chosen, NO_TOKEN)
         if self._logprobs is None or self._rows is None:
-            return Sampled(token_ids, {})
+            return Sampled(token_ids, complete, {})
         found = self._logprobs.result(self._rows.counts)
-        return Sampled(token_ids, dict(zip(self._rows.rows, found, strict=True)))
+        return Sampled(token_ids, complete, dict(zip(self._rows.rows, found, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)

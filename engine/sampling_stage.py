@@ -14,9 +14,9 @@ from .sampler import Sampled, sample
 from .sampling_table import SamplingTable
 from .sequence import Sequence
 from .staging import Staging
-from .step_input import I32, I64
+from .step_input import I64
 
-_NOTHING = Sampled(np.empty(0, np.int64), {})
+_NOTHING = Sampled(np.empty(0, np.int64), True, {})
 
 
 class SamplingStage:
@@ -37,7 +37,7 @@ class SamplingStage:
         self._table.clear(row)
         self._prompts.pop(seq, None)
 
-    def settle(self, rows: I32, token_ids: I64) -> None:
+    def settle(self, rows: I64, token_ids: I64) -> None:
         """These tokens are part of their answers now.    rows [S], token_ids [S]."""
         edited = self._table.edited_rows
         if edited:
@@ -52,12 +52,10 @@ class SamplingStage:
         flight.prompt_logprobs = [(part, self._prompt_logprobs(part, logits)) for part in flight.prompt_parts]
         if not len(flight.sampled_rows):
             return
-        rows = [flight.sampled_rows.astype(np.int64)]
-        there, *at = self._staging.send(rows if flight.sampled_at is None else [*rows, flight.sampled_at])
-        drawn = sample(
-            logits.index_select(0, *at) if at else logits, self._table.take(flight.sampled_rows, flight.positions)
-        )
-        self._executor.accept(there, drawn.token_ids)
+        if flight.sampled_at is not None:
+            logits = logits.index_select(0, *self._staging.send([flight.sampled_at]))
+        drawn = sample(logits, self._table.take(flight.sampled_rows, flight.positions))
+        self._executor.accept(drawn.token_ids)
         flight.pending = drawn.to_host()
 
     def take(self, flight: Flight) -> Sampled:

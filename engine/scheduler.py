@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .step_input import I32, I64
+from .step_input import I64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """The n sequences that may run; in the order in which they came, where some of them are computed in chunks."""
 
-    rows: I32  # [n]
+    rows: I64  # [n]
     lacking: I64  # [n] tokens known whose KV is neither there nor under way, at least 1
     blocks_needed: I64  # [n] more than it holds, for its next step
     chunked: npt.NDArray[np.bool_]  # [n] a single token, too, is computed as a chunk
@@ -38,7 +38,7 @@ class Stake:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    decode: I32  # rows that go on by one token
+    decode: I64  # rows that go on by one token
     chunks: tuple[tuple[int, int], ...]  # (row, how many tokens)
     preempt: tuple[int, ...] = ()  # rows that give their blocks back
 
@@ -53,7 +53,7 @@ def plan_step(snapshot: Snapshot, ranking: Ranking) -> StepPlan:
         return _share(snapshot, snapshot.rows, ())
     ranked, stakes = ranking()
     fits, preempt = _fit(snapshot, ranked, stakes)
-    return _share(snapshot, np.array([row for row in snapshot.rows.tolist() if row in fits], np.int32), preempt)
+    return _share(snapshot, np.array([row for row in snapshot.rows.tolist() if row in fits], np.int64), preempt)
 
 
 def _fit(
@@ -87,14 +87,14 @@ def _fit(
     return frozenset(fits), tuple(preempt)
 
 
-def _share(snapshot: Snapshot, running: I32, preempt: tuple[int, ...]) -> StepPlan:
+def _share(snapshot: Snapshot, running: I64, preempt: tuple[int, ...]) -> StepPlan:
     """Give every decoding sequence its token and the others, first come first, what is left of the budget."""
     if snapshot.chunked.any() or len(running) < len(snapshot.rows) or (snapshot.lacking > 1).any():
         return _share_mixed(snapshot, running, preempt)
     return StepPlan(running, (), preempt)
 
 
-def _share_mixed(snapshot: Snapshot, running: I32, preempt: tuple[int, ...]) -> StepPlan:
+def _share_mixed(snapshot: Snapshot, running: I64, preempt: tuple[int, ...]) -> StepPlan:
     of_step = np.isin(snapshot.rows, running) if len(running) < len(snapshot.rows) else np.True_
     decoding = of_step & (snapshot.lacking == 1) & ~snapshot.chunked
     decode = snapshot.rows[decoding]

@@ -21,8 +21,8 @@ class StepExecutor(Protocol):
     def forward(self, step: StepInput) -> Tensor:
         """Logits of the tokens that are wanted; an empty tensor on other ranks than 0."""
 
-    def accept(self, rows: Tensor, token_ids: Tensor) -> None:
-        """What was sampled for these rows.    rows [S] i64, token_ids [S] i64, on the device."""
+    def accept(self, token_ids: Tensor) -> None:
+        """What was sampled for the last step's `sampled_rows`.    token_ids [S'] i64, on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,8 @@ class Leader:
         self._plans.put(step)
         return self._executor.forward(step)
 
-    def accept(self, rows: Tensor, token_ids: Tensor) -> None:
-        """In the order of the step's `sampled_rows`."""
-        self._executor.accept(rows, self._communicator.broadcast(token_ids))
+    def accept(self, token_ids: Tensor) -> None:
+        self._executor.accept(self._communicator.broadcast(token_ids))
 
 
 class Follower:
@@ -68,5 +67,5 @@ class Follower:
         while (step := self._plans.take()) is not None:
             self._executor.forward(step)
             if len(step.sampled_rows):
-                rows = torch.from_numpy(step.sampled_rows.astype("int64")).to(self._device)
-                self._executor.accept(rows, self._communicator.broadcast(torch.empty_like(rows)))
+                token_ids = torch.empty(len(step.sampled_rows), dtype=torch.int64, device=self._device)
+                self._executor.accept(self._communicator.broadcast(token_ids))

@@ -70,8 +70,8 @@ class Watched:
         self.logits.append(logits.clone())
         return logits
 
-    def accept(self, rows: Tensor, token_ids: Tensor) -> None:
-        self._executor.accept(rows, token_ids)
+    def accept(self, token_ids: Tensor) -> None:
+        self._executor.accept(token_ids)
 
 
 def answer(setting: Setting, engine: Engine) -> Answers:

@@ -18,7 +18,7 @@ def snapshot(
 ) -> Snapshot:
     lacking, needed, chunked = zip(*rows.values(), strict=True) if rows else ((), (), ())
     return Snapshot(
-        rows=np.array(list(rows), np.int32),
+        rows=np.array(list(rows), np.int64),
         lacking=np.array(lacking, np.int64),
         blocks_needed=np.array(needed, np.int64),
         chunked=np.array(chunked, np.bool_),
