@@ -75,5 +75,8 @@ class ColocatedRole:
         self._answers.roster.draining |= drain
         return RoleState(self._answers.load(), len(self._answers.roster))
 
+    def lent_blocks(self) -> int:
+        return 0
+
     def survey(self) -> Survey:
         return Survey(tuple(self._batch.holders()), self._answers.roster.next_deadline())

@@ -116,6 +116,9 @@ class DecodeRole:
         remaining = len(self._answers.roster) + self._landing.open_reservations()
         return RoleState(self._answers.load(), remaining)
 
+    def lent_blocks(self) -> int:
+        return 0
+
     def survey(self) -> Survey:
         deadlines = (self._answers.roster.next_deadline(), self._landing.next_deadline())
         return Survey(

@@ -24,6 +24,7 @@ import torch
 
 from ..core.errors import BatonError, ModelFault
 from ..core.frames import Holder
+from ..core.ids import BlockId, SequenceId
 from ..core.request import EndReason, TokenLogprobs
 from .engine import Engine
 from .flight import Flight, build_step
@@ -36,7 +37,7 @@ from .residents import Residents
 from .rows import Rows
 from .sampler import NO_TOKEN, Sampled
 from .sampling_stage import SamplingStage
-from .scheduler import Snapshot, Stake, StepPlan, plan_step
+from .scheduler import Ranking, Snapshot, Stake, StepPlan, plan_step
 from .sequence import Sequence
 from .step_input import I64
 from .swap import SwapSpace
@@ -162,8 +163,8 @@ class ContinuousBatch:
         if flight is not None and not self._lookahead:
             self._flight = None
             self._collect(flight, result)
-        if before is None and flight is None and not result.started:
-            return None
+        if before is None and flight is None and not (result.started or plan.preempt):
+            return self._unpin(result)
         if flight is not None:
             result.stats = StepStats(
                 sequences=flight.num_sequences,
@@ -175,6 +176,13 @@ class ContinuousBatch:
                 sample_s=sampled - collected,
             )
         return result
+
+    def _unpin(self, result: StepResult) -> StepResult | None:
+        """Pins last as long as there is room beside them: where nobody can go on, the oldest goes."""
+        if (self.running or self.waiting) and self._engine.prefix_cache.unpin_oldest():
+            self._residents.waiting.stir()
+            return result
+        return None
 
     # What is there
 
@@ -202,7 +210,9 @@ class ContinuousBatch:
 
     def holders(self) -> Iterable[Holder]:
         """Who holds blocks, but for reserved sequences: these are whoever's lands them."""
-        return self._residents.holders()
+        yield from self._residents.holders()
+        if self._flight is not None and self._flight.copied:
+            yield Holder(sequence_id=SequenceId(""), state="copied", block_ids=self._flight.copied)
 
     def report(self) -> PoolReport:
         """How well the pool is used now."""
@@ -221,43 +231,52 @@ class ContinuousBatch:
             blocks_needed=rows.blocks_needed(running, block_tokens),
             chunked=chunked,
             available=self._engine.ledger.available,
-            coming=self._residents.blocks_coming,
             step_tokens=self._step_tokens,
             min_chunk_tokens=_MIN_CHUNK_TOKENS,
         )
-        handles: dict[int, Member] = {}
+        members: dict[int, Member] = {}
 
-        def ranking() -> tuple[list[int], Mapping[int, Stake]]:
-            handles.update(self._residents.preemptible())
-            by_member = {member: handle for handle, member in handles.items()}
-            ranked = [by_member[member] for member in self._residents.ranked(now) if member in by_member]
-            stakes = {
-                handle: Stake(self._holdings.own_blocks(member.seq), self._residents.is_flying(member))
-                for handle, member in handles.items()
-            }
-            return ranked, stakes
+        def rank() -> Ranking:
+            members.update(self._residents.preemptible())
+            return self._ranking(members, now)
 
-        plan = plan_step(snapshot, ranking)
+        plan = plan_step(snapshot, rank)
         for handle in plan.preempt:
-            self._residents.preempt(handles[handle])
+            self._residents.preempt(members[handle])
         return plan
+
+    def _ranking(self, members: Mapping[int, Member], now: float) -> Ranking:
+        handles = {member: handle for handle, member in members.items()}
+        stakes = {handle: Stake(one.seq.blocks, self._residents.is_flying(one)) for handle, one in members.items()}
+        going = self._residents.going()
+        if self._flight is not None:
+            going.append(self._flight.copied)
+        holders = self._engine.ledger.holders
+        blocks = {block for held in (*going, *(stake.blocks for stake in stakes.values())) for block in held}
+        return Ranking(
+            rows=[handles[one] for one in self._residents.ranked(now) if one in handles],
+            stakes=stakes,
+            going=going,
+            holders={block: holders(block) for block in blocks},
+        )
 
     # Launching
 
     def _launch(self, plan: StepPlan) -> Flight:
-        waiting = self._residents.waiting.tenants  # while nobody waits nobody owes anything
+        waiting = self._residents.waiting.tenants  # while nobody waits nobody owes anything: also what was is forgiven
         alone = self._residents.num_tenants <= 1 and self._turns.even  # and stays even, whatever it is served
-        if (plan.chunks or waiting) and not alone:
+        if (plan.chunks or waiting or not self._turns.even) and not alone:
             self._turns.charge(self._rows.costs(plan.decode, plan.chunks), waiting.keys())
         copies = self._make_room(plan)
         step, flight = build_step(plan, self._rows, copies, self._engine.geometry.block_tokens, perf_counter())
+        flight.copied = [source for source, _ in copies]
         flight.logits = self._engine.executor.forward(step)
         return flight
 
-    def _make_room(self, plan: StepPlan) -> list[tuple[int, int]]:
+    def _make_room(self, plan: StepPlan) -> list[tuple[BlockId, BlockId]]:
         """Blocks for what the step writes; gives what has to be copied first."""
         rows, block_tokens = self._rows, self._engine.geometry.block_tokens
-        copies: list[tuple[int, int]] = []
+        copies: list[tuple[BlockId, BlockId]] = []
         if rows.borrowers:
             taking = {*plan.decode.tolist(), *(row for row, _ in plan.chunks)}
             for row in sorted(rows.borrowers & taking):
@@ -278,6 +297,9 @@ class ContinuousBatch:
         """What a step has computed and chosen. On a GPU this waits for it."""
         chosen = self._sampling.take(flight)
         self._rows.collect()
+        if flight.copied:
+            self._holdings.copied(flight.copied)
+            self._residents.waiting.stir()
         self._advance(flight, result)
         self._take_tokens(flight, chosen, result)
         self._residents.step_is_over()
@@ -334,5 +356,6 @@ class ContinuousBatch:
         for row, token in zip(flight.sampled_rows.tolist(), sampled.token_ids.tolist(), strict=True):
             if token == NO_TOKEN and self._rows.live[row]:
                 seq = self._rows.sequence(row)
+                self._holdings.distrust(seq)
                 self._residents.leave(self._residents.of(seq))
                 result.ended.append((seq, ModelFault("the model computed logits that are not numbers")))

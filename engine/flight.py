@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
+from ..core.ids import BlockId
 from .logprobs import PendingLogprobs
 from .rows import Rows
 from .sampler import Pending
@@ -44,10 +46,12 @@ class Flight:
     logits: Tensor | None = None  # until sampled from
     pending: Pending | None = None  # the tokens, on their way to the host
     prompt_logprobs: list[tuple[PromptPart, PendingLogprobs]] = field(default_factory=list)
+    done: torch.cuda.Event | None = None  # on a GPU, where it samples nothing: when it is over
+    copied: list[BlockId] = field(default_factory=list)  # held for it: it reads them as it copies them
 
 
 def build_step(
-    plan: StepPlan, rows: Rows, copies: list[tuple[int, int]], block_tokens: int, now: float
+    plan: StepPlan, rows: Rows, copies: list[tuple[BlockId, BlockId]], block_tokens: int, now: float
 ) -> tuple[StepInput, Flight]:
     """The step that a plan asks for. Its rows count as launched and under way from now on."""
     decode, positions = plan.decode, rows.launched[plan.decode]
@@ -139,8 +143,13 @@ def _wanted(
     """(tokens of the step whose logits are wanted, parts for prompt logprobs, which of the wanted are sampled from)."""
     lasts = num_decode + np.cumsum(chunks.counts) - 1
     asking = [
-        seq.sampling.prompt_logprobs is not None and not (seq.prompt_logprobs or seq.tokens) for seq in chunks.sequences
-    ]  # not of one that is computed again: they have been told, here or by who read the prompt
+        # Not of one that is computed again: they have been told, here or by who read the prompt. Nor of a chunk that is
+        # but the last token, whose logits speak of the answer; what they told may not be taken in yet.
+        seq.sampling.prompt_logprobs is not None
+        and not (seq.prompt_logprobs or seq.tokens)
+        and (start == 0 or start + 1 < len(seq.prompt))
+        for seq, start in zip(chunks.sequences, chunks.starts.tolist(), strict=True)
+    ]
     if not any(asking):
         return np.concatenate((np.arange(num_decode), lasts[finishing])), (), None
     wanted, parts, sampled_at = list(range(num_decode)), [], list(range(num_decode))

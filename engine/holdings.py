@@ -92,7 +92,8 @@ class Holdings:
         return seq in self._borrowers
 
     def own_last_block(self, seq: Sequence) -> tuple[BlockId, BlockId] | None:
-        """Before a borrower's first write: (from, to) where its last block has to be copied. Raises OutOfBlocks."""
+        """Before a borrower's first write: (from, to) where its last block has to be copied. What it is copied from is
+        held until the copy is done and `copied` is told. Raises OutOfBlocks."""
         shared = seq.blocks[-1]
         if self._ledger.writable(shared):
             self._borrowers.discard(seq)
@@ -100,8 +101,15 @@ class Holdings:
         (own,) = self._ledger.allocate(1)
         self._borrowers.discard(seq)
         seq.blocks[-1] = own
-        self._ledger.release([shared])
         return shared, own
+
+    def copied(self, blocks: Seq[BlockId]) -> None:
+        """Nobody reads these any more, of which `own_last_block` has had copies made."""
+        self._ledger.release(blocks)
+
+    def distrust(self, seq: Sequence) -> None:
+        """Nobody else is to find its blocks: their KV may be wrong."""
+        self._ledger.forget(seq.blocks)
 
     def advance(self, seq: Sequence, computed: int) -> bool:
         """The KV of the first `computed` tokens is in the blocks; full ones become known to the prefix cache. Gives
@@ -130,10 +138,6 @@ class Holdings:
         if tail is not None:
             self._prefix_cache.end_tail(tail.parent, tail.tokens, tail.block)
         self._ledger.release(reversed(seq.take_blocks()))
-
-    def own_blocks(self, seq: Sequence) -> int:
-        """How many of its blocks nobody else holds."""
-        return sum(self._ledger.holders(block) == 1 for block in seq.blocks)
 
     def _keys_of(self, seq: Sequence) -> list[BlockKey]:
         found = self._keys.get(seq)

@@ -88,6 +88,14 @@ class Ledger:
         self._keys[block] = key
         return True
 
+    def forget(self, blocks: Iterable[BlockId]) -> None:
+        """What these held blocks hold is not what their keys say: nobody finds them by these any more."""
+        for block in blocks:
+            assert block in self._holders, f"block {block} is not held"
+            key = self._keys.pop(block, None)
+            if key is not None:
+                del self._by_key[key]
+
     def writable(self, block: BlockId) -> bool:
         """Its only holder may write anywhere in it: no key says what it holds."""
         return self._holders.get(block) == 1 and block not in self._keys

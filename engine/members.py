@@ -33,13 +33,18 @@ class Member:
     spare: int = 0  # blocks that must stay available when it starts
     row: int = -1
     swapped: SwapTicket | None = None  # its KV, in host memory, while it waits ...
-    swapped_tokens: int = 0  # ... of so many tokens
+    swapped_tokens: int = 0  # ... of so many tokens; 0 where there is none
     gives_back: bool = False  # is to be preempted as soon as no step under way has it
 
     @property
     def lands(self) -> bool:
         """It waits for KV of another worker; once preempted it no longer does."""
         return self.goal is Goal.LANDING and not self.seq.tokens
+
+    @property
+    def tokens_ahead(self) -> int:
+        """Of its prompt, that are still to be computed here, while it holds no block."""
+        return 0 if self.lands else max(len(self.seq.prompt) - self.swapped_tokens, 0)
 
     @property
     def limit(self) -> int:

@@ -7,6 +7,7 @@ from .members import Member
 from .swap import SwapSpace, cheaper_to_swap
 
 _NEW_SHARE = 0.2  # of the last measurement in a moving average
+_RETRY = 16  # of so many that are computed again because swaps were slow, one is swapped: they may have become faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class Preemption:
         self._space = space
         self._block_bytes = block_bytes
         self._tokens_per_s = 0.0  # of prompts computed; 0: not known yet
+        self._refused = 0  # swaps, since the last one
         self._swapped = self._recomputed = self._swap_bytes = 0
 
     @property
@@ -43,15 +45,12 @@ class Preemption:
         num_bytes = count * self._block_bytes
         # What a prompt's chunks tell of it is lost with its row, so a prompt that is asked about begins anew.
         keeps = seq.sampling.prompt_logprobs is None or bool(seq.tokens)
-        if (
-            space is not None
-            and keeps
-            and cheaper_to_swap(num_bytes, space.bytes_per_s, seq.computed, self._tokens_per_s)
-        ):
-            member.swapped, member.swapped_tokens = space.swap_out(seq.blocks[:count]), seq.computed
+        if space is not None and keeps and self._pays(num_bytes, space.bytes_per_s, seq.computed):
+            member.swapped = space.swap_out(seq.blocks[:count])
         if member.swapped is None:
             self._recomputed += 1
         else:
+            member.swapped_tokens = seq.computed
             self._swapped += 1
             self._swap_bytes += num_bytes
         self._holdings.release(seq)
@@ -59,15 +58,20 @@ class Preemption:
     def give_back(self, member: Member, known: int) -> None:
         """A sequence has blocks again, the first `known` of them found in the prefix cache: fill the others."""
         if member.swapped is not None and self._space is not None:
-            ticket, member.swapped = member.swapped, None
-            blocks = member.seq.blocks[: self._holdings.blocks_for(member.swapped_tokens)]
+            (ticket, tokens), member.swapped, member.swapped_tokens = (member.swapped, member.swapped_tokens), None, 0
+            blocks = member.seq.blocks[: self._holdings.blocks_for(tokens)]
             self._space.swap_in(ticket, blocks, skip=known)
             self._swap_bytes += max(len(blocks) - known, 0) * self._block_bytes
             # More may be known by now than went away: what is shared is never computed again.
-            self._holdings.advance(member.seq, max(member.swapped_tokens, member.seq.computed))
+            self._holdings.advance(member.seq, max(tokens, member.seq.computed))
 
     def drop(self, member: Member) -> None:
         """It will not come back."""
         if member.swapped is not None and self._space is not None:
             self._space.drop(member.swapped)
-            member.swapped = None
+            member.swapped, member.swapped_tokens = None, 0
+
+    def _pays(self, num_bytes: int, bytes_per_s: float, tokens: int) -> bool:
+        pays = cheaper_to_swap(num_bytes, bytes_per_s, tokens, self._tokens_per_s)
+        self._refused = 0 if pays or self._refused == _RETRY - 1 else self._refused + 1
+        return pays or self._refused == 0

@@ -144,6 +144,14 @@ class PrefixCache:
         """Let a beginning go. One that is not pinned: nothing."""
         self._ledger.release(reversed(self._pins.pop((salt, tuple(tokens)), [])))
 
+    def unpin_oldest(self) -> bool:
+        """Let the beginning go that was pinned first. False: none is pinned."""
+        if not self._pins:
+            return False
+        salt, tokens = next(iter(self._pins))
+        self.unpin(tokens, salt)
+        return True
+
     def pins(self) -> Collection[list[BlockId]]:
         """The blocks of each pinned beginning, which hold them like sequences do."""
         return self._pins.values()

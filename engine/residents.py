@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ..core.frames import PINNED, Holder
-from ..core.ids import SequenceId
+from ..core.ids import BlockId, SequenceId
 from .engine import Engine
 from .holdings import Holdings
 from .members import Member, State
@@ -75,6 +75,7 @@ class Residents:
         """The KV of a reserved sequence's prompt is in its blocks."""
         member = self._reserved.pop(seq.sequence_id)
         self._holdings.advance(seq, len(seq.prompt))
+        seq.charged = len(seq.prompt)  # by who computed it
         seq.tokens.append(first_token)
         member.state = State.READY
         self._ready[seq.sequence_id] = member
@@ -235,10 +236,9 @@ class Residents:
         """Sequences that have no row yet."""
         return len(self.waiting) + len(self._reserved) + len(self._ready)
 
-    @property
-    def blocks_coming(self) -> int:
-        """That come back when steps under way are over."""
-        return sum(self._holdings.own_blocks(member.seq) for member in (*self._giving_back, *self._leaving))
+    def going(self) -> list[list[BlockId]]:
+        """The blocks of those that give theirs when the steps under way are over."""
+        return [member.seq.blocks for member in (*self._giving_back, *self._leaving)]
 
     def is_flying(self, member: Member) -> bool:
         """A step under way has its row."""

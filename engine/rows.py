@@ -3,7 +3,9 @@
 What a step needs of all its sequences is read by one indexing of a column, so its cost hardly grows with the batch.
 """
 
+from collections import Counter
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,9 +40,7 @@ class Rows:
         self._ones, self._nothing = np.ones(max_rows, np.int64), np.zeros(max_rows, np.bool_)
         self.borrowers: set[int] = set()  # rows whose last block is another's: copy before writing
         self._max_blocks = max_blocks
-        self._tenants: dict[str, int] = {}
         self._since = np.zeros(max_rows, np.int64)  # rises from one sequence to the next
-        self._tenant = np.zeros(max_rows, np.int64)
         self._taken = 0
         self._reading = True  # some row may have tokens of its prompt ahead
         self._step = np.zeros(max_rows, np.int64)  # the last one that has the row
@@ -71,7 +71,6 @@ class Rows:
         self._taken += 1
         self._reading |= chunked or seq.length - seq.computed > 1
         self._since[row] = self._taken
-        self._tenant[row] = self._tenants.setdefault(seq.tenant, len(self._tenants))
         if borrows:
             self.borrowers.add(row)
         self.chunked[row] = chunked
@@ -147,8 +146,9 @@ class Rows:
             return rows, self._ones[: len(rows)], self._nothing[: len(rows)]
         lacking = lacking[rows]
         chunked = self.chunked[rows] & (self.launched[rows] < self.prompt[rows])
-        self._reading = bool(chunked.any() or (lacking > 1).any())
-        if self._reading:
+        reading = bool(chunked.any() or (lacking > 1).any())
+        self._reading = reading or bool((self.launched < self.prompt)[self.live].any())  # of those that give back, too
+        if reading:
             order = np.argsort(self._since[rows])
             rows, lacking, chunked = rows[order], lacking[order], chunked[order]
         return rows, lacking, chunked
@@ -164,12 +164,14 @@ class Rows:
 
     def costs(self, decode: I64, chunks: Seq[tuple[int, int]]) -> dict[str, int]:
         """What a step that is not launched yet does for each tenant. Tokens that are computed again cost nothing."""
-        costs = np.bincount(self._tenant[decode], minlength=len(self._tenants)) * OUTPUT_WEIGHT
+        costs = Counter(seq.tenant for seq in self.sequences_of(decode))
+        for tenant in costs:
+            costs[tenant] *= OUTPUT_WEIGHT
         for row, count in chunks:
             seq, end = self.sequence(row), int(self.launched[row]) + count
-            costs[self._tenant[row]] += max(end - max(seq.charged, int(self.launched[row])), 0) * INPUT_WEIGHT
+            costs[seq.tenant] += max(end - max(seq.charged, int(self.launched[row])), 0) * INPUT_WEIGHT
             seq.charged = max(seq.charged, end)
-        return {tenant: cost for tenant, cost in zip(self._tenants, costs.tolist(), strict=True) if cost}
+        return {tenant: cost for tenant, cost in costs.items() if cost}
 
     def sequence(self, row: int) -> Sequence:
         """Of a row that is taken."""
@@ -177,8 +179,9 @@ class Rows:
         assert seq is not None, row
         return seq
 
-    def sequences_of(self, rows: npt.NDArray[np.integer]) -> list[Sequence]:
-        found = self.sequences
+    def sequences_of(self, rows: I64) -> list[Sequence]:
+        """Of rows that are taken."""
+        found: list[Any] = self.sequences
         return [found[row] for row in rows.tolist()]
 
     def _change(self, row: int, column: int, blocks: Seq[BlockId]) -> None:

@@ -7,6 +7,7 @@ the host must know of the tokens before is brought up to date by `settle`, which
 import numpy as np
 from torch import Tensor
 
+from ..kernels.device_wait import mark, wait_for
 from .engine import Engine
 from .flight import Flight, PromptPart
 from .logprobs import PendingLogprobs, PromptLogprobs, ranked_logprobs
@@ -16,7 +17,8 @@ from .sequence import Sequence
 from .staging import Staging
 from .step_input import I64
 
-_NOTHING = Sampled(np.empty(0, np.int64), True, {})
+_NO_ROWS = np.empty(0, np.int64)
+_NOTHING = Sampled(_NO_ROWS, True, {})
 
 
 class SamplingStage:
@@ -49,25 +51,32 @@ class SamplingStage:
         """Choose a token for each row of a step that was launched; nothing here waits for it."""
         logits, flight.logits = flight.logits, None
         assert logits is not None, "the step was sampled from already"
-        flight.prompt_logprobs = [(part, self._prompt_logprobs(part, logits)) for part in flight.prompt_parts]
+        at: Tensor | None = None
+        if flight.prompt_parts or flight.sampled_at is not None:
+            # In one copy: another's buffer might be one that the step before has still to read.
+            arrays = [part.next_ids for part in flight.prompt_parts]
+            *of_parts, at = self._staging.send([*arrays, _NO_ROWS if flight.sampled_at is None else flight.sampled_at])
+            flight.prompt_logprobs = [
+                (part, _prompt_logprobs(part, logits, next_ids))
+                for part, next_ids in zip(flight.prompt_parts, of_parts, strict=True)
+            ]
         if not len(flight.sampled_rows):
+            flight.done = mark(logits.device)
             return
-        if flight.sampled_at is not None:
-            logits = logits.index_select(0, *self._staging.send([flight.sampled_at]))
+        if at is not None and flight.sampled_at is not None:
+            logits = logits.index_select(0, at)
         drawn = sample(logits, self._table.take(flight.sampled_rows, flight.positions))
         self._executor.accept(drawn.token_ids)
         flight.pending = drawn.to_host()
 
     def take(self, flight: Flight) -> Sampled:
-        """What was chosen. On a GPU this waits until the step is over."""
+        """What was chosen. On a GPU this waits until the step is over: it reads and writes no block any more."""
         for part, pending in flight.prompt_logprobs:
             self._add(part, pending)
-        return _NOTHING if flight.pending is None else flight.pending.result()
-
-    def _prompt_logprobs(self, part: PromptPart, logits: Tensor) -> PendingLogprobs:
-        (next_ids,) = self._staging.send([part.next_ids])
-        count = part.sequence.sampling.prompt_logprobs or 0
-        return ranked_logprobs(logits[part.begin : part.end], next_ids, count).to_host()
+        if flight.pending is None:
+            wait_for(flight.done)
+            return _NOTHING
+        return flight.pending.result()
 
     def _add(self, part: PromptPart, pending: PendingLogprobs) -> None:
         seq = part.sequence
@@ -78,3 +87,8 @@ class SamplingStage:
         if known.complete:
             seq.prompt_logprobs = known.result()
             del self._prompts[seq]
+
+
+def _prompt_logprobs(part: PromptPart, logits: Tensor, next_ids: Tensor) -> PendingLogprobs:
+    count = part.sequence.sampling.prompt_logprobs or 0
+    return ranked_logprobs(logits[part.begin : part.end], next_ids, count).to_host()

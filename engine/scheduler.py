@@ -5,12 +5,14 @@ step's token budget leaves. While blocks last nobody waits and the order does no
 order says who goes on, and who gives its blocks back.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from ..core.ids import BlockId
 from .step_input import I64
 
 
@@ -23,16 +25,15 @@ class Snapshot:
     blocks_needed: I64  # [n] more than it holds, for its next step
     chunked: npt.NDArray[np.bool_]  # [n] a single token, too, is computed as a chunk
     available: int  # blocks that can be had now
-    coming: int  # blocks that come back when steps under way are over
     step_tokens: int  # of one step, at most
     min_chunk_tokens: int  # of all chunks together, however many sequences decode
 
 
 @dataclass(frozen=True, slots=True)
 class Stake:
-    """What taking a sequence out of the batch would give."""
+    """What taking a sequence out of the batch would give: each of its blocks that nobody holds then."""
 
-    blocks: int  # that nobody else holds
+    blocks: Sequence[BlockId]
     flying: bool  # a step under way has it: its blocks come later
 
 
@@ -43,28 +44,53 @@ class StepPlan:
     preempt: tuple[int, ...] = ()  # rows that give their blocks back
 
 
-Ranking = Callable[[], tuple[Sequence[int], Mapping[int, Stake]]]
-"""All rows that hold blocks, best first, and what each would give. Asked only when blocks are short."""
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Who holds blocks, and what each would give."""
+
+    rows: Sequence[int]  # best first
+    stakes: Mapping[int, Stake]  # of each
+    going: Sequence[Sequence[BlockId]]  # blocks of those that give theirs when the steps under way are over
+    holders: Mapping[BlockId, int]  # of each of these blocks
 
 
-def plan_step(snapshot: Snapshot, ranking: Ranking) -> StepPlan:
-    """Decide one step."""
+def plan_step(snapshot: Snapshot, rank: Callable[[], Ranking]) -> StepPlan:
+    """Decide one step. The ranking is asked for only when blocks are short."""
     if int(snapshot.blocks_needed.sum()) <= snapshot.available:
         return _share(snapshot, snapshot.rows, ())
-    ranked, stakes = ranking()
-    fits, preempt = _fit(snapshot, ranked, stakes)
+    fits, preempt = _fit(snapshot, rank())
     return _share(snapshot, np.array([row for row in snapshot.rows.tolist() if row in fits], np.int64), preempt)
 
 
-def _fit(
-    snapshot: Snapshot, ranked: Sequence[int], stakes: Mapping[int, Stake]
-) -> tuple[frozenset[int], tuple[int, ...]]:
+class _Given:
+    """Counts the blocks that come free as their holders give them up."""
+
+    def __init__(self, available: int, ranking: Ranking) -> None:
+        self.available = available  # now
+        self.coming = 0  # when the steps under way are over
+        self._holders = ranking.holders
+        self._given: Counter[BlockId] = Counter()
+        self._late: set[BlockId] = set()
+        for blocks in ranking.going:
+            self.give(Stake(blocks, flying=True))
+
+    def give(self, stake: Stake) -> None:
+        if stake.flying:
+            self._late.update(stake.blocks)
+        self._given.update(stake.blocks)
+        free = [block for block in stake.blocks if self._given[block] == self._holders[block]]
+        late = sum(block in self._late for block in free)
+        self.coming += late
+        self.available += len(free) - late
+
+
+def _fit(snapshot: Snapshot, ranking: Ranking) -> tuple[frozenset[int], tuple[int, ...]]:
     """Who of the ranked has its blocks in this step, best first, and who makes room for them, worst first.
 
     The best is never preempted, so one sequence at least always comes to its end.
     """
     needed = dict(zip(snapshot.rows.tolist(), snapshot.blocks_needed.tolist(), strict=True))
-    available, coming = snapshot.available, snapshot.coming
+    ranked, given = ranking.rows, _Given(snapshot.available, ranking)
     fits: set[int] = set()
     preempt: list[int] = []
     worst = len(ranked) - 1
@@ -73,16 +99,12 @@ def _fit(
             break
         if row not in needed:
             continue
-        while needed[row] > available + coming and worst > place:
-            stake = stakes[ranked[worst]]
+        while needed[row] > given.available + given.coming and worst > place:
             preempt.append(ranked[worst])
+            given.give(ranking.stakes[ranked[worst]])
             worst -= 1
-            if stake.flying:
-                coming += stake.blocks
-            else:
-                available += stake.blocks
-        if needed[row] <= available:
-            available -= needed[row]
+        if needed[row] <= given.available:
+            given.available -= needed[row]
             fits.add(row)
     return frozenset(fits), tuple(preempt)
 

@@ -49,14 +49,14 @@ class SwapSpace:
         """Copy the blocks to the host. None, and nothing copied, where there is no room for all."""
         if not blocks or len(blocks) > len(self._free):
             return None
+        for pool in self._pools:
+            settle(pool.device)  # what was queued before is not of this copy's time
         begin = perf_counter()
         ticket = SwapTicket(tuple(self._free.pop() for _ in blocks))
         there = torch.tensor(ticket.slots)
         for pool, slots in zip(self._pools, self._slots, strict=True):
             gathered = torch.empty(len(blocks), pool.shape[1], dtype=torch.uint8, device=pool.device)
             gather_blocks(pool, torch.tensor(blocks, device=pool.device), gathered)
-            if pool.is_cuda:
-                settle(pool.device)
             slots.index_copy_(0, there, gathered.cpu())
         self._measured(len(blocks), perf_counter() - begin)
         return ticket
@@ -70,8 +70,7 @@ class SwapSpace:
             for pool, slots in zip(self._pools, self._slots, strict=True):
                 source = slots.index_select(0, there).to(pool.device)
                 scatter_blocks(pool, torch.tensor(blocks[skip:], device=pool.device), source)
-            if self._pools[0].is_cuda:
-                settle(self._pools[0].device)
+            settle(self._pools[0].device)
             self._measured(len(blocks) - skip, perf_counter() - begin)
         self.drop(ticket)
 

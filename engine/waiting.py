@@ -44,7 +44,7 @@ class Turns:
             arrived=member.arrived,
             priority=seq.priority,
             tenant=seq.tenant,
-            tokens_ahead=max(len(seq.prompt) - seq.computed, 0),
+            tokens_ahead=max(len(seq.prompt) - max(seq.computed, member.swapped_tokens), 0),
             predicted_tokens=self._predictor.remaining(seq.tenant, len(seq.tokens), seq.sampling.max_tokens),
         )
 
@@ -69,14 +69,14 @@ class WaitingList:
     def add(self, member: Member) -> None:
         self._members[member.seq.sequence_id] = member
         self._stirred = True
-        self.tokens += _tokens_ahead(member)
+        self.tokens += member.tokens_ahead
         self.tenants[member.seq.tenant] += 1
         self.landing += member.lands
 
     def remove(self, member: Member) -> None:
         """Of one that does not wait: nothing."""
         if self._members.pop(member.seq.sequence_id, None) is not None:
-            self.tokens -= _tokens_ahead(member)
+            self.tokens -= member.tokens_ahead
             self.landing -= member.lands
             tenant = member.seq.tenant
             self.tenants[tenant] -= 1
@@ -97,7 +97,3 @@ class WaitingList:
     def tried(self, available: int) -> None:
         """Those that still wait can't start with so many blocks."""
         self._available = available
-
-
-def _tokens_ahead(member: Member) -> int:
-    return 0 if member.lands else len(member.seq.prompt)

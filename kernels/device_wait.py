@@ -6,24 +6,32 @@ from time import perf_counter, sleep
 import torch
 
 PATIENCE_S = 60.0
-_LOOK_S = 20e-6
+_SPIN_S = 200e-6  # a sleep of the least time takes a hundred microseconds
+_SLEEP_S = 20e-6
 
 
 class DeviceStuck(Exception):
     """What was queued on the device is not done in time: it hangs, or a rank that it waits for. The worker ends."""
 
 
-def wait_for(event: torch.cuda.Event) -> None:
-    """Until what was queued before the event is done. Raises DeviceStuck."""
-    if event.query():  # type: ignore[no-untyped-call]
+def mark(device: torch.device) -> torch.cuda.Event | None:
+    """For `wait_for`: what is queued on the current stream by now. None on a CPU, where nothing is."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+def wait_for(event: torch.cuda.Event | None) -> None:
+    """Until what was queued before the mark is done. Raises DeviceStuck."""
+    if event is None or event.query():  # type: ignore[no-untyped-call]
         return
-    deadline = perf_counter() + PATIENCE_S
+    begin = perf_counter()
     while not event.query():  # type: ignore[no-untyped-call]
-        if perf_counter() > deadline:
+        waited_s = perf_counter() - begin
+        if waited_s > PATIENCE_S:
             raise DeviceStuck(f"the device has not done within {PATIENCE_S:.0f} s what was queued")
-        sleep(_LOOK_S)
+        if waited_s > _SPIN_S:
+            sleep(_SLEEP_S)
 
 
 def settle(device: torch.device) -> None:
     """Until all that was queued on the current stream is done. Raises DeviceStuck."""
-    wait_for(torch.cuda.current_stream(device).record_event())
+    wait_for(mark(device))

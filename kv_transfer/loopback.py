@@ -6,8 +6,6 @@ from itertools import count
 from threading import Lock
 from time import time_ns
 
-import torch
-
 from ..core.errors import CorruptPiece, Overloaded, TransferFailed
 from ..core.ids import BlockId, TicketId
 from ..core.tickets import Piece
@@ -77,7 +75,7 @@ class LoopbackTransport:
         self._lock = Lock()
 
     def offer(self, piece: Piece, blocks: Sequence[BlockId], reader: str) -> "Future[Moved]":
-        return self._executor.submit(self._offer, piece, tuple(blocks), reader, self._pool.mark())
+        return self._executor.submit(self._offer, piece, tuple(blocks), reader)
 
     def pull(self, delivery: Delivery, into: Sequence[BlockId]) -> "Future[Moved]":
         return self._executor.submit(self._pull, delivery, tuple(into))
@@ -98,9 +96,9 @@ class LoopbackTransport:
         with self._lock:
             return sum(len(numbers) for numbers in self._kept.values())
 
-    def _offer(self, piece: Piece, blocks: tuple[BlockId, ...], reader: str, after: torch.cuda.Event | None) -> Moved:
+    def _offer(self, piece: Piece, blocks: tuple[BlockId, ...], reader: str) -> Moved:
         start = time_ns()
-        piece, data = read(self._pool, piece, blocks, after)
+        piece, data = read(self._pool, piece, blocks)
         number = self._hub.keep(data)
         try:
             self._hub.send(reader, piece, (number,))

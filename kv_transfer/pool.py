@@ -18,11 +18,8 @@ class Blocks(Protocol):
     @property
     def block_bytes(self) -> int: ...
 
-    def mark(self) -> torch.cuda.Event | None:
-        """The point in the caller's stream after which its blocks are written. None where nothing is asynchronous."""
-
-    def gather(self, blocks: Sequence[BlockId], after: torch.cuda.Event | None = None) -> Bytes:
-        """Copy of the blocks as they are after `after`, [n, B] u8 contiguous, on the host."""
+    def gather(self, blocks: Sequence[BlockId]) -> Bytes:
+        """Copy of the blocks, [n, B] u8 contiguous, on the host. The steps that wrote them are over."""
 
     def scatter(self, blocks: Sequence[BlockId], source: Bytes) -> None:
         """source [n, B] u8; every byte is in the pool on return."""
@@ -31,7 +28,8 @@ class Blocks(Protocol):
 class BlockPool:
     """View of a pool tensor, [N, B] u8: N blocks of B bytes. Owns nothing; callers hold the blocks they name.
 
-    On CUDA copies run on a stream of their own, after what the caller's stream had queued when `mark` was called.
+    On CUDA copies run on a stream of their own, beside the steps. So nobody may name a block that a step under way
+    still reads or writes.
     """
 
     def __init__(self, pool: torch.Tensor) -> None:
@@ -47,18 +45,11 @@ class BlockPool:
     def block_bytes(self) -> int:
         return int(self._pool.shape[1])
 
-    def mark(self) -> torch.cuda.Event | None:
-        """The point in the caller's stream after which its blocks are written. None where nothing is asynchronous."""
-        return torch.cuda.current_stream(self._pool.device).record_event() if self._stream is not None else None
-
-    def gather(self, blocks: Sequence[BlockId], after: torch.cuda.Event | None = None) -> Bytes:
-        """Copy of the blocks, [n, B] u8 contiguous, on the host."""
+    def gather(self, blocks: Sequence[BlockId]) -> Bytes:
         if self._host is not None:
             return self._host[np.asarray(blocks, dtype=np.int64)]
         assert self._stream is not None
         with torch.cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(after)
             out = torch.empty(len(blocks), self.block_bytes, dtype=torch.uint8, device=self._pool.device)
             gather_blocks(self._pool, self._ids(blocks), out)
             settle(self._pool.device)

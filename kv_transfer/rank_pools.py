@@ -22,8 +22,8 @@ def whole_blocks(pools: Sequence[torch.Tensor], heads: Sequence[range]) -> Block
 class RankPools:
     """See `Blocks`. Rank 0 has every rank's pool mapped and moves all of them. Owns nothing.
 
-    A head that several ranks hold is read from the first of them and written to all. A mark of rank 0's stream is
-    enough: it has met the other ranks in the step's last layer, after they had written theirs.
+    A head that several ranks hold is read from the first of them and written to all. That a step is over on rank 0 is
+    enough: it has met the other ranks in the last layer, after they had written theirs.
     """
 
     def __init__(self, pools: Sequence[torch.Tensor], heads: Sequence[range]) -> None:
@@ -45,14 +45,11 @@ class RankPools:
     def block_bytes(self) -> int:
         return int(np.prod(self._shape))
 
-    def mark(self) -> torch.cuda.Event | None:
-        return self._pools[0].mark()
-
-    def gather(self, blocks: Sequence[BlockId], after: torch.cuda.Event | None = None) -> Bytes:
+    def gather(self, blocks: Sequence[BlockId]) -> Bytes:
         whole = np.empty((len(blocks), *self._shape), dtype=np.uint8)
         for at in self._readers:
             held = self._heads[at]
-            part = self._pools[at].gather(blocks, after)
+            part = self._pools[at].gather(blocks)
             whole[:, :, held.start : held.stop] = part.reshape(len(blocks), self._shape[0], len(held), self._shape[2])
         return whole.reshape(len(blocks), self.block_bytes)
 

@@ -15,7 +15,6 @@ from typing import Any, Self
 
 import numpy as np
 import ray
-import torch
 from ray.exceptions import RayError
 
 from ..core.errors import CorruptPiece, TransferFailed
@@ -51,7 +50,7 @@ class RayStoreTransport:
         self._lock = Lock()
 
     def offer(self, piece: Piece, blocks: Sequence[BlockId], reader: str) -> "Future[Moved]":
-        return self._offers.submit(self._offer, piece, tuple(blocks), reader, self._pool.mark())
+        return self._offers.submit(self._offer, piece, tuple(blocks), reader)
 
     def pull(self, delivery: Delivery, into: Sequence[BlockId]) -> "Future[Moved]":
         return self._pulls.submit(self._pull, delivery, tuple(into))
@@ -75,9 +74,9 @@ class RayStoreTransport:
         for threads in (self._offers, self._pulls, self._tells):
             threads.shutdown(wait=True, cancel_futures=True)
 
-    def _offer(self, piece: Piece, blocks: tuple[BlockId, ...], reader: str, after: torch.cuda.Event | None) -> Moved:
+    def _offer(self, piece: Piece, blocks: tuple[BlockId, ...], reader: str) -> Moved:
         start = time_ns()
-        piece, data = read(self._pool, piece, blocks, after)
+        piece, data = read(self._pool, piece, blocks)
         try:
             refs = [ray.put(data)] if blocks else []
             self._send(reader, piece, refs)

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from time import time_ns
 from typing import Protocol
 
-import torch
-
 from ..core.errors import CorruptPiece
 from ..core.ids import BlockId, TicketId
 from ..core.tickets import Piece
@@ -65,9 +63,9 @@ class Transport(Protocol):
         """Objects of the transport that still keep offered bytes, for the ledger dump."""
 
 
-def read(pool: Blocks, piece: Piece, blocks: Sequence[BlockId], after: torch.cuda.Event | None) -> tuple[Piece, Bytes]:
+def read(pool: Blocks, piece: Piece, blocks: Sequence[BlockId]) -> tuple[Piece, Bytes]:
     """The bytes of an offer, [n, B] u8, and the piece with its checksums."""
-    data = pool.gather(blocks, after)
+    data = pool.gather(blocks)
     return replace(piece, checksums=checksums(piece.ticket_id, piece.blocks, data)), data
 
 

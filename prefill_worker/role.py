@@ -133,11 +133,10 @@ class PrefillRole:
             total_blocks=self._ledger.num_blocks,
             draining=self._roster.draining,
         )
-        return RoleState(
-            load,
-            len(self._roster) + self._lending.open_loans(),
-            lent_blocks=self._lending.lent_blocks(),
-        )
+        return RoleState(load, len(self._roster) + self._lending.open_loans())
+
+    def lent_blocks(self) -> int:
+        return self._lending.lent_blocks()
 
     def survey(self) -> Survey:
         deadlines = [self._roster.next_deadline(), self._lending.next_deadline()]

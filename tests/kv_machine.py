@@ -31,6 +31,7 @@ from baton.engine.swap import SwapSpace, SwapTicket
 
 BLOCK_TOKENS = 16
 SWAP_SLOTS = 9
+_NAMES = ("_expected", "_lent", "_borrowers")  # of what holdings knows of sequences
 STEPS = 0  # taken by all machines of this process
 
 
@@ -87,6 +88,12 @@ class WatchedLedger(Ledger):
             self.keys[block] = key
         return not known
 
+    def forget(self, blocks: Iterable[BlockId]) -> None:
+        blocks = list(blocks)
+        super().forget(blocks)
+        for block in blocks:
+            self.keys.pop(block, None)
+
     def lookup(self, key: BlockKey) -> BlockId | None:
         found = super().lookup(key)
         assert found == next((block for block, of in self.keys.items() if of == key), None)
@@ -125,6 +132,7 @@ class KvMachine(RuleBasedStateMachine):
         self.started: dict[Sequence, int] = {}  # how many tokens each live one knew as it started
         self.named: dict[BlockKey, bytes] = {}  # what the first block of each key held
         self.count = 0
+        self.read: list[BlockId] = []  # blocks that were copied, held until the step that does it is over
 
     @precondition(lambda self: len(self.live) < 5)
     @rule(
@@ -242,6 +250,27 @@ class KvMachine(RuleBasedStateMachine):
         self.cache.unpin(tokens, salt)
         self.cache.unpin(tokens, salt)  # again: nothing
 
+    @precondition(lambda self: self.read)
+    @rule()
+    def steps_are_over(self) -> None:
+        self.holdings.copied(self.read)
+        self.read = []
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def land(self, data: st.DataObject) -> None:
+        """A prompt is said to be there, maybe in a block that is borrowed still."""
+        seq = data.draw(st.sampled_from(self.live))
+        if seq.computed >= len(seq.prompt):
+            self.holdings.advance(seq, seq.computed)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def distrust(self, data: st.DataObject) -> None:
+        seq = data.draw(st.sampled_from(self.live))
+        self.holdings.distrust(seq)
+        assert not any(block in self.ledger.keys for block in seq.blocks)
+
     @rule()
     def drop_cached(self) -> None:
         assert self.ledger.drop_cached() >= 0
@@ -286,6 +315,7 @@ class KvMachine(RuleBasedStateMachine):
         if copy is not None:
             source, target = copy
             self.pool[target] = self.pool[source]
+            self.read.append(source)  # by a step under way: it stays held until that is over
         return True
 
     def _write(self, seq: Sequence, end: int) -> None:
@@ -323,6 +353,7 @@ class KvMachine(RuleBasedStateMachine):
         assert (ledger.free_count, ledger.cached_count) == (len(ledger.free), len(ledger.cached))
         claimed = Counter(block for seq in self.live for block in seq.blocks)
         claimed.update(block for blocks in self.cache.pins() for block in blocks)
+        claimed.update(self.read)
         assert claimed == ledger.held
         assert all(ledger.holders(BlockId(block)) == claimed[block] for block in range(ledger.num_blocks))
 
@@ -341,6 +372,7 @@ class KvMachine(RuleBasedStateMachine):
             return
         for seq in self.live:
             self.holdings.release(seq)
+        self.holdings.copied(self.read)
         for salt, tokens in list(self.pins):
             self.cache.unpin(tokens, salt)
         for ticket, _ in self.away.values():
@@ -349,7 +381,8 @@ class KvMachine(RuleBasedStateMachine):
         self.ledger.drop_cached()
         assert self.ledger.free_count == self.ledger.num_blocks
         assert self.swap.free_count == SWAP_SLOTS
-        assert not self.cache.awaited([BlockKey(b"none")])
+        left = (self.cache._pending, self.cache._tails, *(getattr(self.holdings, name) for name in _NAMES))
+        assert not any(left), left
 
 
 def main(steps: int) -> None:

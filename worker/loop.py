@@ -42,7 +42,6 @@ class RoleState:
 
     load: Load
     remaining: int  # sequences, loans and reservations that are not over
-    lent_blocks: int = 0  # held, and announced to a peer
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +70,9 @@ class Role(Protocol):
 
     def state(self, *, drain: bool = False) -> RoleState:
         """`drain`: take no new sequence from now on."""
+
+    def lent_blocks(self) -> int:
+        """Held, and announced to a peer. Costs a look at every loan."""
 
     def survey(self) -> Survey: ...
 
@@ -173,7 +175,7 @@ class StepLoop:
             return False
         self._reporter.gauges(state.load, self._ledger.cached_count, self._ledger.held_count)
         if self._reporter.due(now):
-            self._reporter.flush(now, state.lent_blocks, self._unused_slots())
+            self._reporter.flush(now, self._role.lent_blocks(), self._unused_slots())
         return True
 
     def _sleep(self, sent: bool) -> None:

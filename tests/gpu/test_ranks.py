@@ -77,7 +77,7 @@ def pools_of_each_other(rank: Rank) -> list[float]:
         assert mapped.device == device
         pools = RankPools((cache.pool, mapped), (range(1), range(1, 2)))
         blocks = [BlockId(5), BlockId(2)]
-        data = pools.gather(blocks, pools.mark())
+        data = pools.gather(blocks)
         whole = torch.from_numpy(data).view(torch.bfloat16).view(2, 2, 2, 2, 16, 64)
         assert (whole[:, :, :, 0] == 1).all()
         assert (whole[:, :, :, 1] == 2).all()

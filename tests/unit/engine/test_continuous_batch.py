@@ -3,21 +3,25 @@ aliased, lost or stale block changes an answer."""
 
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from baton.core.errors import ModelFault
-from baton.core.ids import SequenceId
+from baton.core.ids import BlockId, SequenceId
 from baton.core.request import EndReason, Sampling
+from baton.engine.accounts import OUTPUT_WEIGHT
 from baton.engine.continuous_batch import ContinuousBatch, StepResult
 from baton.engine.engine import Engine
 from baton.engine.members import Goal
 from baton.engine.policies import POLICIES, policy
 from baton.engine.sequence import Sequence
+from baton.engine.step_input import StepInput
 
 from ...fakes import VOCAB, answer, fake_engine
 
@@ -41,6 +45,13 @@ def sequence(name: str, prompt: Iterable[int], max_tokens: int, **sampling: obje
 
 def prompt_of(seed: int, length: int) -> list[int]:
     return random.Random(seed).choices(range(VOCAB), k=length)
+
+
+def complete(seq: Sequence) -> list[int]:
+    """Its whole answer."""
+    tokens = answer(seq.prompt, seq.sampling.max_tokens)
+    stop = next((at for at, token in enumerate(tokens, 1) if token in seq.sampling.stop_token_ids), len(tokens))
+    return tokens[:stop]
 
 
 def run(batch: ContinuousBatch) -> list[StepResult]:
@@ -329,6 +340,202 @@ def test_room_is_spared_for_those_that_somebody_waits_for() -> None:
     assert result.started == [urgent]
 
 
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize("length", [1, 16, 17, 33])
+def test_a_prompt_is_told_its_logprobs_once_however_its_last_chunk_falls(lookahead: bool, length: int) -> None:
+    engine, batch = batch_of(lookahead=lookahead, step_tokens=16)
+    seq = sequence("s/0", prompt_of(1, length), 3, prompt_logprobs=0)
+    batch.add(seq)
+    run(batch)
+    assert seq.tokens == answer(seq.prompt, 3)
+    assert [entry is None for entry in seq.prompt_logprobs] == [True, *[False] * (length - 1)]
+    assert_clean(engine, batch)
+
+
+def test_sequences_that_share_a_block_are_worth_it_together() -> None:
+    """One lends its prompt's last block to another that has landed. Both give way, and the third needs no more."""
+    engine, batch = batch_of(10, step_tokens=128)
+    old, other = sequence("a", prompt_of(1, 30), 60), sequence("b", prompt_of(2, 18), 60)
+    lender, borrower = (sequence(name, prompt_of(3, 17), 30) for name in "cd")
+    for now, seq in enumerate((old, other, lender)):
+        batch.add(seq, float(now))
+    batch.step(2.0)
+    batch.add(borrower, 3.0, Goal.LANDING)
+    batch.step(3.0)
+    assert lender.blocks == borrower.blocks
+    taken = engine.ledger.allocate(engine.ledger.available)  # by a reservation, say
+    batch.landed(borrower, answer(borrower.prompt, 1)[0])
+    while len(old.blocks) == 2:
+        assert batch.step(4.0) is not None
+    assert batch.preemptions.recomputed == 2
+    assert other.blocks
+    engine.ledger.release(taken)
+    run(batch)
+    assert all(seq.tokens == answer(seq.prompt, len(seq.tokens)) for seq in (old, other, lender, borrower))
+    assert_clean(engine, batch)
+
+
+def test_a_step_that_only_preempts_is_not_the_last() -> None:
+    engine, batch = batch_of(10, step_tokens=64)
+    old = sequence("a", prompt_of(1, 30), 60)
+    lender, borrower = (sequence(name, prompt_of(3, 17), 30) for name in "bc")
+    batch.add(old, 0.0)
+    batch.add(lender, 2.0)
+    batch.step(2.0)
+    batch.add(borrower, 3.0, Goal.LANDING)
+    batch.step(3.0)
+    taken = engine.ledger.allocate(engine.ledger.available)
+    batch.landed(borrower, answer(borrower.prompt, 1)[0])
+    while batch.step(4.0) is not None:
+        pass
+    assert batch.step(5.0) is None, "it stopped while something was left to do"
+    assert old.tokens == answer(old.prompt, len(old.tokens))
+    engine.ledger.release(taken)
+    run(batch)
+    assert_clean(engine, batch)
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_kv_of_a_step_that_failed_is_found_by_nobody(lookahead: bool) -> None:
+    engine, batch = batch_of(step_tokens=64, lookahead=lookahead)
+    forward, prompt = engine.executor.forward, prompt_of(1, 40)
+    bad = sequence("s/0", prompt, 5)
+
+    def poisoned(step: StepInput) -> object:
+        logits = forward(step)
+        engine.kv_cache.pool[bad.blocks] = float("nan")
+        return torch.full_like(logits, float("nan"))
+
+    engine.executor.forward = poisoned  # type: ignore[method-assign,assignment]
+    batch.add(bad)
+    batch.step(0.0)
+    engine.executor.forward = forward  # type: ignore[method-assign]
+    run(batch)
+    assert bad.tokens == []
+    again = sequence("s/1", prompt, 5)
+    batch.add(again)
+    run(batch)
+    assert (again.cached_tokens, again.tokens) == (0, answer(prompt, 5))
+    assert_clean(engine, batch)
+
+
+def test_a_block_that_is_copied_is_held_until_the_copy_is_done() -> None:
+    engine, batch = batch_of(lookahead=True)
+    owner, borrower = (sequence(name, prompt_of(3, 20), 40) for name in "ab")
+    batch.add(owner)
+    batch.step(0.0)
+    batch.step(0.0)
+    batch.add(borrower)
+    while not borrower.blocks:
+        batch.step(0.0)
+    shared = owner.blocks[1]
+    batch.remove(owner)
+    assert borrower.blocks[1] != shared  # the step under way copies it
+    assert engine.ledger.holders(shared) > 0
+    batch.step(0.0)
+    batch.step(0.0)
+    assert engine.ledger.holders(shared) == 0
+    run(batch)
+    assert borrower.tokens == answer(borrower.prompt, 40)
+    assert_clean(engine, batch)
+
+
+def test_pins_give_way_to_a_sequence_that_cannot_go_on() -> None:
+    engine, batch = batch_of(8)
+    first = sequence("a", prompt_of(1, 64), 2)
+    batch.add(first)
+    run(batch)
+    assert engine.prefix_cache.pin(first.prompt) == 64
+    second = sequence("b", prompt_of(2, 20), 60)
+    batch.add(second)
+    run(batch)
+    assert second.tokens == answer(second.prompt, 60)
+    assert not engine.prefix_cache.pins()
+    assert_clean(engine, batch)
+
+
+def test_prompt_tokens_in_host_memory_are_not_ahead() -> None:
+    _, batch = batch_of(40, swap_blocks=64, max_batch=1, step_tokens=512)
+    seq = sequence("a", prompt_of(1, 400), 9)
+    batch.add(seq)
+    assert batch.tokens_ahead() == 400
+    batch.step(0.0)
+    assert batch.tokens_ahead() == 0
+    member = batch._residents.of(seq)
+    batch._residents.preempt(member)
+    assert batch.preemptions.swapped == 1
+    assert batch.tokens_ahead() == 0
+    batch._residents.start(0.0)
+    batch._residents.preempt(member)
+    batch.remove(seq)
+    assert batch.tokens_ahead() == 0
+
+
+def test_prompt_tokens_of_one_that_gives_back_are_ahead() -> None:
+    _, batch = batch_of(lookahead=True, step_tokens=16)
+    seq = sequence("a", prompt_of(1, 100), 9)
+    batch.add(seq)
+    batch.step(0.0)
+    batch._residents.preempt(batch._residents.of(seq))  # a step under way has it
+    batch._rows.runnable()
+    assert batch.tokens_ahead() == 84
+
+
+def test_a_landed_prompt_is_charged_to_nobody_here() -> None:
+    engine, _ = batch_of()
+    batch = ContinuousBatch(engine, policy("fair"), lookahead=False)
+    charged: Counter[str] = Counter()
+    charge = batch._turns.charge
+
+    def counted(costs: Mapping[str, float], waiting: Collection[str]) -> None:
+        charged.update(costs)  # type: ignore[arg-type]
+        charge(costs, waiting)
+
+    batch._turns.charge = counted  # type: ignore[method-assign]
+    landing = Sequence(SequenceId("x"), tuple(prompt_of(2, 100)), Sampling(max_tokens=4, temperature=0.0), tenant="x")
+    batch.add(landing, 0.0, Goal.LANDING)
+    batch.step(0.0)
+    batch.add(Sequence(SequenceId("y"), (1, 2), Sampling(max_tokens=60, temperature=0.0), tenant="y"))
+    batch.landed(landing, answer(landing.prompt, 1)[0])
+    batch._residents.preempt(batch._residents.of(landing))  # before it had a row
+    engine.ledger.drop_cached()
+    run(batch)
+    assert landing.tokens == answer(landing.prompt, 4)
+    assert charged["x"] <= 1 + 3 * OUTPUT_WEIGHT  # the prompt's last token is computed here for the first time
+
+
+def test_what_is_owed_is_forgiven_once_nobody_waits_also_where_nothing_is_read() -> None:
+    """On a decode worker no step has chunks."""
+    engine, _ = batch_of(max_batch=1)
+    batch = ContinuousBatch(engine, policy("fair"), lookahead=False)
+
+    def go(name: str, tenant: str, tokens: int) -> Sequence:
+        sampling = Sampling(max_tokens=tokens, temperature=0.0)
+        seq = Sequence(SequenceId(name), tuple(prompt_of(ord(name[0]), 20)), sampling, tenant=tenant)
+        batch.add(seq, 0.0, Goal.LANDING)
+        return seq
+
+    def step() -> bool:
+        result = batch.step(0.0)
+        for seq in result.started if result is not None else []:
+            batch.landed(seq, 1)
+        return result is not None
+
+    go("a", "A", 100)
+    step()
+    step()
+    others = [go("b", "B", 2), go("c", "B", 2), go("d", "B", 2)]
+    for _ in range(50):
+        step()
+    assert not batch._turns.even
+    for seq in others:
+        batch.remove(seq)
+    go("e", "C", 300)
+    while step():
+        pass
+    assert batch._turns.even
+
+
 class BatchMachine(RuleBasedStateMachine):
     """Sequences of all kinds come, land, are removed and preempted; whatever happens, answers are the model's own."""
 
@@ -348,10 +555,12 @@ class BatchMachine(RuleBasedStateMachine):
         )
         self.now = 0.0
         self.numbers = 0
+        self.failing = False
         self.goals: dict[Sequence, Goal] = {}
         self.given: dict[Sequence, list[int]] = {}
         self.reserved: list[Sequence] = []
         self.done: list[Sequence] = []
+        self.outside: list[BlockId] = []  # held by others: loans and reservations
 
     @rule(
         stem=st.integers(0, 2),
@@ -360,20 +569,36 @@ class BatchMachine(RuleBasedStateMachine):
         max_tokens=st.integers(2, 40),
         goal=st.sampled_from(Goal),
         priority=st.integers(-1, 1),
+        logprobs=st.sampled_from([None, None, 0]),
+        stops=st.sampled_from([(), (), tuple(range(0, VOCAB, 7))]),
+        twins=st.sampled_from([1, 1, 2, 3]),
     )
-    def add(self, stem: int, shared: int, own: int, max_tokens: int, goal: Goal, priority: int) -> None:
-        prompt = [*prompt_of(stem, shared), *([stem] * own)]
-        seq = Sequence(
-            SequenceId(f"s/{self.numbers}"),
-            tuple(prompt),
-            Sampling(max_tokens=max_tokens, temperature=0.0),
-            priority=priority,
-            tenant=f"tenant {stem}",
+    def add(
+        self,
+        stem: int,
+        shared: int,
+        own: int,
+        max_tokens: int,
+        goal: Goal,
+        priority: int,
+        logprobs: int | None,
+        stops: tuple[int, ...],
+        twins: int,
+    ) -> None:
+        prompt = (*prompt_of(stem, shared), *([stem] * own))
+        sampling = Sampling(
+            max_tokens=max_tokens,
+            temperature=0.0,
+            prompt_logprobs=None if goal is Goal.LANDING else logprobs,
+            stop_token_ids=frozenset() if goal is Goal.LANDING else frozenset(stops),
         )
-        self.numbers += 1
-        self.goals[seq] = goal
-        self.given[seq] = []
-        self.batch.add(seq, self.now, goal)
+        for _ in range(twins):
+            name = SequenceId(f"s/{self.numbers}")
+            seq = Sequence(name, prompt, sampling, priority=priority, tenant=f"tenant {stem}")
+            self.numbers += 1
+            self.goals[seq] = goal
+            self.given[seq] = []
+            self.batch.add(seq, self.now, goal)
 
     @precondition(lambda self: self.goals)
     @rule(data=st.data())
@@ -397,14 +622,58 @@ class BatchMachine(RuleBasedStateMachine):
         self.given[seq].append(first)
         self.batch.landed(seq, first)
 
+    @precondition(lambda self: self.engine.ledger.available > 4)
+    @rule(count=st.integers(1, 4))
+    def reserve(self, count: int) -> None:
+        self.outside += self.engine.ledger.allocate(count)
+
+    @precondition(lambda self: any(seq.computed >= BLOCK_TOKENS for seq in self.goals))
+    @rule(data=st.data())
+    def lend(self, data: st.DataObject) -> None:
+        """Somebody reads a full block of a sequence, whatever becomes of it."""
+        seq = data.draw(st.sampled_from([seq for seq in self.goals if seq.computed >= BLOCK_TOKENS]))
+        self.engine.ledger.hold(seq.blocks[:1])
+        self.outside += seq.blocks[:1]
+
+    @precondition(lambda self: self.outside)
+    @rule()
+    def return_all(self) -> None:
+        self.engine.ledger.release(self.outside)
+        self.outside = []
+
+    @precondition(lambda self: self.goals)
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        with suppress(ValueError):
+            self.engine.prefix_cache.pin(data.draw(st.sampled_from(list(self.goals))).prompt)
+
     @rule(steps=st.integers(1, 6))
     def step(self, steps: int) -> None:
         for _ in range(steps):
             self.now += 1.0
             result = self.batch.step(self.now)
             if result is None:
+                assert self.batch.step(self.now) is None, "there was something to do after all"
                 return
             self._take(result)
+
+    @rule()
+    def fail(self) -> None:
+        """A step's logits are no numbers, and so may be what it has written."""
+        forward = self.engine.executor.forward
+
+        def poisoned(step: StepInput) -> torch.Tensor:
+            logits = forward(step)
+            for slot in step.slots[: len(step.decode_rows)].tolist():
+                self.engine.kv_cache.pool[slot // BLOCK_TOKENS, :, :, :, slot % BLOCK_TOKENS] = float("nan")
+            return torch.full_like(logits, float("nan"))
+
+        self.failing = True
+        self.engine.executor.forward = poisoned  # type: ignore[method-assign]
+        self.step(1)
+        self.engine.executor.forward = forward  # type: ignore[method-assign]
+        self.step(1)  # takes in what failed, where one step is planned while another runs
+        self.failing = False
 
     def _take(self, result: StepResult) -> None:
         for seq in result.started:
@@ -415,9 +684,13 @@ class BatchMachine(RuleBasedStateMachine):
             if self.goals[seq] is Goal.PROMPT:
                 self.done.append(seq)
         for seq, reason in result.ended:
-            assert reason is EndReason.LENGTH
-            assert self.given[seq] == answer(seq.prompt, seq.sampling.max_tokens)
-            assert seq.blocks == []
+            if isinstance(reason, ModelFault):
+                assert self.failing
+            else:
+                assert self.given[seq] == complete(seq)
+                stopped = seq.tokens[-1] in seq.sampling.stop_token_ids
+                assert reason is (EndReason.STOP if stopped else EndReason.LENGTH)
+                assert stopped or seq.blocks == []  # a step that writes a token too many may be under way
             self._forget(seq)
 
     def _forget(self, seq: Sequence) -> None:
@@ -438,12 +711,14 @@ class BatchMachine(RuleBasedStateMachine):
         ledger.check()
         claimed = Counter(block for holder in self.batch.holders() for block in holder.block_ids)
         claimed.update(block for seq in self.reserved for block in seq.blocks)
+        claimed.update(self.outside)
         assert all(ledger.holders(block) == claimed[block] for block in range(ledger.num_blocks))
 
     def teardown(self) -> None:
         """Everything that landed or computes here comes to its end, and nothing is left."""
         if not hasattr(self, "batch"):
             return
+        self.return_all()
         for _ in range(4000):
             for seq in [*self.reserved, *self.done]:
                 self._forget(seq)
@@ -454,6 +729,8 @@ class BatchMachine(RuleBasedStateMachine):
             if result is not None:
                 self._take(result)
         assert self.goals == {}, "a sequence was starved"
+        while self.engine.prefix_cache.unpin_oldest():
+            pass
         assert_clean(self.engine, self.batch)
 
 

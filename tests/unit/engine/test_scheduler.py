@@ -1,20 +1,24 @@
 """What is in a step: plans for snapshots made by hand, and what holds of the plan of any snapshot."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import count, islice
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baton.core.ids import BlockId
 from baton.engine.scheduler import Ranking, Snapshot, Stake, StepPlan, plan_step
 
 Row = tuple[int, int, bool]  # tokens that it lacks, blocks that it needs, whether one token too is a chunk
 
 
 def snapshot(
-    rows: Mapping[int, Row], available: int = 100, coming: int = 0, step_tokens: int = 64, min_chunk_tokens: int = 16
+    rows: Mapping[int, Row], available: int = 100, step_tokens: int = 64, min_chunk_tokens: int = 16
 ) -> Snapshot:
     lacking, needed, chunked = zip(*rows.values(), strict=True) if rows else ((), (), ())
     return Snapshot(
@@ -23,18 +27,48 @@ def snapshot(
         blocks_needed=np.array(needed, np.int64),
         chunked=np.array(chunked, np.bool_),
         available=available,
-        coming=coming,
         step_tokens=step_tokens,
         min_chunk_tokens=min_chunk_tokens,
     )
 
 
-def ranking_of(ranked: Seq[int], flying: Seq[int] = (), blocks: int = 3) -> Ranking:
-    """Each of the ranked would give as many blocks."""
-    return lambda: (ranked, {row: Stake(blocks, row in flying) for row in ranked})
+def ranking_of(ranked: Seq[int], flying: Seq[int] = (), blocks: int = 3, coming: int = 0) -> Callable[[], Ranking]:
+    """Each of the ranked has as many blocks, which nobody shares; so many more come anyway."""
+    ids = map(BlockId, count())
+    stakes = {row: Stake(list(islice(ids, blocks)), row in flying) for row in ranked}
+    return told(Situation(snapshot({}), list(ranked), stakes, [list(islice(ids, coming))]))
 
 
-def not_asked() -> tuple[Seq[int], Mapping[int, Stake]]:
+@dataclass(frozen=True)
+class Situation:
+    """outside: blocks that others hold too, who are neither ranked nor going."""
+
+    snapshot: Snapshot
+    ranked: list[int]
+    stakes: dict[int, Stake]
+    going: list[list[BlockId]]
+    outside: frozenset[BlockId] = frozenset()
+
+    def holders(self) -> Counter[BlockId]:
+        held = Counter(block for stake in self.stakes.values() for block in stake.blocks)
+        return held + Counter(block for blocks in self.going for block in blocks) + Counter(self.outside)
+
+    def freed(self, rows: Seq[int]) -> tuple[int, int]:
+        """Blocks that nobody holds once these rows and all that are going have given theirs: (now, in all)."""
+        given = Counter(block for row in rows for block in self.stakes[row].blocks)
+        given += Counter(block for blocks in self.going for block in blocks)
+        late = {block for row in rows if self.stakes[row].flying for block in self.stakes[row].blocks}
+        late |= {block for blocks in self.going for block in blocks}
+        holders = self.holders()
+        free = {block for block in given if given[block] == holders[block]}
+        return len(free - late), len(free)
+
+
+def told(situation: Situation) -> Callable[[], Ranking]:
+    return lambda: Ranking(situation.ranked, situation.stakes, situation.going, situation.holders())
+
+
+def not_asked() -> Ranking:
     raise AssertionError("the ranking was asked for while blocks last")
 
 
@@ -107,7 +141,7 @@ def test_the_best_ranked_is_never_preempted_though_it_waits_in_vain() -> None:
 
 def test_who_needs_no_block_goes_on_where_blocks_are_short() -> None:
     rows = {0: GROWS, 1: DECODES}
-    assert parts(plan_step(snapshot(rows, available=0, coming=1), ranking_of([0, 1]))) == ([1], [], [])
+    assert parts(plan_step(snapshot(rows, available=0), ranking_of([0, 1], coming=1))) == ([1], [], [])
 
 
 def test_blocks_of_a_step_under_way_are_waited_for_and_not_used() -> None:
@@ -118,7 +152,7 @@ def test_blocks_of_a_step_under_way_are_waited_for_and_not_used() -> None:
 
 def test_blocks_that_come_anyway_save_others_from_preemption() -> None:
     rows = {0: GROWS, 1: DECODES, 2: DECODES}
-    assert parts(plan_step(snapshot(rows, available=0, coming=1), ranking_of([0, 1, 2]))) == ([1, 2], [], [])
+    assert parts(plan_step(snapshot(rows, available=0), ranking_of([0, 1, 2], coming=1))) == ([1, 2], [], [])
     assert parts(plan_step(snapshot(rows, available=0), ranking_of([0, 1, 2]))) == ([0, 1], [], [2])
 
 
@@ -139,28 +173,48 @@ def test_chunks_of_those_that_fit_share_the_budget_in_the_order_of_coming_not_of
     assert parts(plan) == ([3], [(1, 40), (2, 23)], [])
 
 
+def test_a_block_that_two_share_comes_free_with_the_second_of_them() -> None:
+    first, second, third = ([BlockId(7), BlockId(one)] for one in (1, 2, 3))
+    stakes = {0: Stake([], False), 1: Stake(third, False), 2: Stake(second, False), 3: Stake(first, False)}
+    shared = Situation(snapshot({}), [0, 1, 2, 3], stakes, [])
+    for needed, gone in ((1, [3]), (2, [3, 2]), (3, [3, 2, 1]), (4, [3, 2, 1])):
+        plan = plan_step(snapshot({0: (80, needed, False)}, available=0), told(shared))
+        assert parts(plan) == ([], [(0, 64)], gone)
+    held = Situation(snapshot({}), [0, 1, 2, 3], stakes, [], frozenset({BlockId(7)}))
+    assert parts(plan_step(snapshot({0: (80, 4, False)}, available=0), told(held))) == ([], [], [3, 2, 1])
+
+
+def test_a_shared_block_is_waited_for_where_one_of_its_holders_is_under_way() -> None:
+    stakes = {0: Stake([], False), 1: Stake([BlockId(7)], False)}
+    late = Situation(snapshot({}), [0, 1], stakes, [[BlockId(7)]])
+    assert parts(plan_step(snapshot({0: GROWS}, available=0), told(late))) == ([], [], [1])
+
+
 # Any snapshot
 
 
 @st.composite
-def situations(draw: st.DrawFn) -> tuple[Snapshot, list[int], dict[int, Stake]]:
-    """All rows of the snapshot are ranked; some that can't run now are, too."""
+def situations(draw: st.DrawFn) -> Situation:
+    """All rows of the snapshot are ranked; some that can't run now are, too. Blocks are shared here and there."""
     there = draw(st.lists(st.integers(0, 40), unique=True, max_size=12))
     rows = {row: (draw(st.just(1) | st.integers(1, 90)), draw(st.integers(0, 6)), draw(st.booleans())) for row in there}
     others = draw(st.lists(st.integers(41, 60), unique=True, max_size=3))
     ranked = draw(st.permutations([*there, *others]))
-    stakes = {row: Stake(draw(st.integers(0, 6)), draw(st.booleans())) for row in ranked}
-    available, coming = draw(st.integers(0, 20)), draw(st.just(0) | st.integers(0, 6))
+    some = st.lists(st.integers(0, 40).map(BlockId), unique=True, max_size=6)
+    stakes = {row: Stake(draw(some), draw(st.booleans())) for row in ranked}
+    going = draw(st.lists(some, max_size=2))
+    outside = frozenset(draw(st.lists(st.integers(0, 40).map(BlockId), max_size=4)))
+    available = draw(st.integers(0, 20))
     step_tokens, least = draw(st.integers(1, 120)), draw(st.integers(1, 20))
-    return snapshot(rows, available, coming, step_tokens, least), list(ranked), stakes
-
-
-def told(ranked: Seq[int], stakes: Mapping[int, Stake]) -> Ranking:
-    return lambda: (ranked, stakes)
+    return Situation(snapshot(rows, available, step_tokens, least), list(ranked), stakes, going, outside)
 
 
 def rows_of(snap: Snapshot) -> list[Row]:
     return list(zip(snap.lacking.tolist(), snap.blocks_needed.tolist(), snap.chunked.tolist(), strict=True))
+
+
+def needs(snap: Snapshot) -> dict[int, int]:
+    return dict(zip(snap.rows.tolist(), snap.blocks_needed.tolist(), strict=True))
 
 
 def planned(plan: StepPlan) -> list[int]:
@@ -169,13 +223,15 @@ def planned(plan: StepPlan) -> list[int]:
 
 @settings(max_examples=120, deadline=None)
 @given(situations())
-def test_a_plan_never_takes_more_than_there_is(situation: tuple[Snapshot, list[int], dict[int, Stake]]) -> None:
-    snap, ranked, stakes = situation
-    plan = plan_step(snap, told(ranked, stakes))
-    lacking = dict(zip(snap.rows.tolist(), snap.lacking.tolist(), strict=True))
-    needed = dict(zip(snap.rows.tolist(), snap.blocks_needed.tolist(), strict=True))
-    going = planned(plan)
-    freed = sum(stakes[row].blocks for row in plan.preempt if not stakes[row].flying)
+def test_a_plan_never_takes_more_than_there_is(situation: Situation) -> None:
+    snap = situation.snapshot
+    plan = plan_step(snap, told(situation))
+    lacking, needed, going = (
+        dict(zip(snap.rows.tolist(), snap.lacking.tolist(), strict=True)),
+        needs(snap),
+        planned(plan),
+    )
+    freed, _ = situation.freed(plan.preempt)
     assert sum(needed[row] for row in going) <= snap.available + freed
     assert len(set(going)) == len(going)
     assert set(going) <= set(lacking)
@@ -187,13 +243,10 @@ def test_a_plan_never_takes_more_than_there_is(situation: tuple[Snapshot, list[i
 
 @settings(max_examples=120, deadline=None)
 @given(situations())
-def test_a_plan_takes_all_that_decode_and_chunks_to_the_budget_while_blocks_last(
-    situation: tuple[Snapshot, list[int], dict[int, Stake]],
-) -> None:
-    snap = situation[0]
+def test_a_plan_takes_all_that_decode_and_chunks_to_the_budget_while_blocks_last(situation: Situation) -> None:
+    snap = situation.snapshot
     rows = dict(zip(snap.rows.tolist(), rows_of(snap), strict=True))
-    enough = int(snap.blocks_needed.sum())
-    snap = snapshot(rows, enough, 0, snap.step_tokens, snap.min_chunk_tokens)
+    snap = snapshot(rows, int(snap.blocks_needed.sum()), snap.step_tokens, snap.min_chunk_tokens)
     plan = plan_step(snap, not_asked)
     decoding = (snap.lacking == 1) & ~snap.chunked
     assert plan.decode.tolist() == snap.rows[decoding].tolist()
@@ -207,36 +260,34 @@ def test_a_plan_takes_all_that_decode_and_chunks_to_the_budget_while_blocks_last
 
 @settings(max_examples=120, deadline=None)
 @given(situations())
-def test_a_plan_preempts_from_the_worst_never_the_best_and_no_more_than_it_must(
-    situation: tuple[Snapshot, list[int], dict[int, Stake]],
-) -> None:
-    snap, ranked, stakes = situation
-    plan = plan_step(snap, told(ranked, stakes))
+def test_a_plan_preempts_from_the_worst_never_the_best_and_no_more_than_it_must(situation: Situation) -> None:
+    snap, ranked = situation.snapshot, situation.ranked
+    plan = plan_step(snap, told(situation))
     gone = len(plan.preempt)
     assert list(plan.preempt) == ranked[::-1][:gone]
     if ranked:
         assert ranked[0] not in plan.preempt
     if gone:  # without the last of them somebody before it had too few
-        kept = sum(stakes[row].blocks for row in plan.preempt[:-1])
-        needed = dict(zip(snap.rows.tolist(), snap.blocks_needed.tolist(), strict=True))
-        assert sum(needed.get(row, 0) for row in ranked[:-gone]) > snap.available + snap.coming + kept
+        _, kept = situation.freed(plan.preempt[:-1])
+        needed = needs(snap)
+        assert sum(needed.get(row, 0) for row in ranked[:-gone]) > snap.available + kept
 
 
 @settings(max_examples=120, deadline=None)
 @given(situations())
-def test_when_the_best_can_run_at_least_one_runs(situation: tuple[Snapshot, list[int], dict[int, Stake]]) -> None:
+def test_when_the_best_can_run_at_least_one_runs(situation: Situation) -> None:
     """With the blocks of all that are ranked behind it, where these are not under way. Where some are, it may wait."""
-    snap, ranked, stakes = situation
-    needed = dict(zip(snap.rows.tolist(), snap.blocks_needed.tolist(), strict=True))
+    snap, ranked = situation.snapshot, situation.ranked
+    needed = needs(snap)
     best = next((row for row in ranked if row in needed), None)
     if best is None:
         return
-    behind = [stakes[row] for row in ranked[ranked.index(best) + 1 :]]
-    waits = snap.coming or any(stake.flying for stake in behind)
-    if needed[best] <= snap.available or (
-        not waits and needed[best] <= snap.available + sum(stake.blocks for stake in behind)
-    ):
-        plan = plan_step(snap, told(ranked, stakes))
+    now, in_all = situation.freed(ranked[ranked.index(best) + 1 :])
+    before, coming = situation.freed([])
+    assert before == 0
+    waits = coming or now < in_all
+    if needed[best] <= snap.available or (not waits and needed[best] <= snap.available + now):
+        plan = plan_step(snap, told(situation))
         assert planned(plan)
         assert best not in plan.preempt
         decodes = snap.lacking[snap.rows == best][0] == 1 and not snap.chunked[snap.rows == best][0]
@@ -245,36 +296,35 @@ def test_when_the_best_can_run_at_least_one_runs(situation: tuple[Snapshot, list
 
 @settings(max_examples=120, deadline=None)
 @given(situations())
-def test_once_what_is_under_way_has_come_back_some_row_runs(
-    situation: tuple[Snapshot, list[int], dict[int, Stake]],
-) -> None:
+def test_once_what_is_under_way_has_come_back_some_row_runs(situation: Situation) -> None:
     """Step after step, each with what came back from the one before, and the preempted gone."""
-    snap, ranked, stakes = situation
+    snap, ranked, stakes = situation.snapshot, situation.ranked, situation.stakes
     rows = dict(zip(snap.rows.tolist(), rows_of(snap), strict=True))
     best = next((row for row in ranked if row in rows), None)
-    everything = snap.available + snap.coming + sum(stakes[row].blocks for row in ranked if row != best)
-    if best is None or ranked[0] != best or rows[best][1] > everything:
+    _, freed = situation.freed([row for row in ranked if row != best])
+    if best is None or ranked[0] != best or rows[best][1] > snap.available + freed:
         return
-    available, coming = snap.available, snap.coming
+    available, going = snap.available, situation.going
     for _ in range(len(ranked) + 2):
-        now = snapshot(rows, available, coming, snap.step_tokens, snap.min_chunk_tokens)
-        plan = plan_step(now, told(ranked, stakes))
+        now = Situation(
+            snapshot(rows, available, snap.step_tokens, snap.min_chunk_tokens), ranked, stakes, going, situation.outside
+        )
+        plan = plan_step(now.snapshot, told(now))
         if planned(plan):
             return
-        available += coming + sum(stakes[row].blocks for row in plan.preempt)
-        coming = 0
+        available += now.freed(plan.preempt)[1]
+        going = []
         ranked = [row for row in ranked if row not in plan.preempt]
         rows = {row: facts for row, facts in rows.items() if row in ranked}
+        stakes = {row: stake for row, stake in stakes.items() if row in ranked}
     raise AssertionError("no row ever runs")
 
 
 @settings(max_examples=60, deadline=None)
 @given(situations())
-def test_the_same_snapshot_gives_the_same_plan_and_is_left_as_it_was(
-    situation: tuple[Snapshot, list[int], dict[int, Stake]],
-) -> None:
-    snap, ranked, stakes = situation
+def test_the_same_snapshot_gives_the_same_plan_and_is_left_as_it_was(situation: Situation) -> None:
+    snap = situation.snapshot
     before = [array.tolist() for array in (snap.rows, snap.lacking, snap.blocks_needed, snap.chunked)]
-    plans = [parts(plan_step(snap, lambda: (tuple(ranked), dict(stakes)))) for _ in range(2)]
+    plans = [parts(plan_step(snap, told(situation))) for _ in range(2)]
     assert plans[0] == plans[1]
     assert before == [array.tolist() for array in (snap.rows, snap.lacking, snap.blocks_needed, snap.chunked)]

@@ -46,7 +46,7 @@ def test_blocks_move_between_workers_that_split_the_heads_differently(
     plain = BlockPool(whole.view(BLOCKS, -1).view(torch.uint8))
     assert source.block_bytes == reader.block_bytes == plain.block_bytes
     sent, taken = [BlockId(a) for a, _ in moves], [BlockId(b) for _, b in moves]
-    data = source.gather(sent, source.mark())
+    data = source.gather(sent)
     assert np.array_equal(data, plain.gather(sent))
     reader.scatter(taken, data)
     expected = torch.zeros_like(whole)
