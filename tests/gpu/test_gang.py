@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from baton.core.errors import ConfigError
 from baton.core.ids import Epoch, WorkerId
 from baton.engine.engine import Engine
+from baton.engine.parallel.plan_channel import PlanReader
 from baton.engine.parallel.shared_pool import PoolHandle
+from baton.engine.step_input import StepInput
 from baton.kernels import device_wait
 from baton.kernels.device_wait import DeviceStuck
 from baton.worker.config import WorkerConfig
@@ -117,13 +120,17 @@ def test_what_one_rank_raises_is_told_while_the_other_waits_for_it(
 
 
 def wait_in_vain(rank: Rank, config: WorkerConfig) -> str:
-    """Rank 1 has loaded, and then hangs."""
+    """Rank 1 hangs once a few steps have run."""
     device_wait.PATIENCE_S = LATE_S
-    if rank.rank == 0:
-        return live(rank, config, "nobody")
-    torch.cuda.set_device(rank.rank)
-    follow(config, rank.hear()[0], lambda handle: (rank.report(handle), time.sleep(600)))  # type: ignore[func-returns-value]
-    return "followed"
+    take, taken = PlanReader.take, count()
+
+    def take_some(reader: PlanReader) -> StepInput | None:
+        if next(taken) == 5:
+            time.sleep(600)
+        return take(reader)
+
+    PlanReader.take = take_some  # type: ignore[method-assign]
+    return live(rank, config, "nobody")
 
 
 def test_rank_0_notices_that_another_hangs(checkpoint: Callable[..., Path], pair: Ranks, tmp_path: Path) -> None:
