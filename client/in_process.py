@@ -7,9 +7,9 @@ from pathlib import Path
 from ..core.errors import BatonError
 from ..core.ids import RequestId, SequenceId, sequence_id
 from ..core.request import EndReason, FinishReason, Request, Sampling, TokenLogprobs
-from ..engine.continuous_batch import StepResult
 from ..engine.offline import Offline
 from ..engine.sequence import Sequence
+from ..engine.step_result import StepResult
 from ..text.generation_config import GenerationDefaults
 from ..text.model_source import resolve, served_name
 from ..text.settling import ModelLimits, check_chat, check_prompt_ids

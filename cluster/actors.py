@@ -61,8 +61,8 @@ class RankActor:
         if config.kv_bytes == 0:
             config = replace(config, kv_bytes=self._kv_bytes(config.start_timeout_s))
         rank = import_module(f"..{_FOLDERS[config.role]}.rank", __package__)  # torch comes with it
-        gang = RayFollowers(self._followers, config.start_timeout_s) if self._followers else None
-        rank.run(config, self._inbox, gang=gang)
+        others = RayFollowers(self._followers, config.start_timeout_s) if self._followers else None
+        rank.run(config, self._inbox, others=others)
 
     def _kv_bytes(self, timeout_s: float) -> int:
         """What the fullest of the ranks' GPUs has for KV. Raises ConfigError, RankLost."""
@@ -91,7 +91,7 @@ class RankActor:
 
 
 class RayFollowers:
-    """See worker/gang.py's Gang."""
+    """See worker/gang.py's OtherRanks."""
 
     def __init__(self, actors: Sequence[Any], timeout_s: float) -> None:
         self._actors = actors

@@ -21,7 +21,7 @@ import torch
 from ..core.errors import ConfigError, Unavailable
 from ..core.ids import SequenceId
 from ..core.request import Request
-from .continuous_batch import ContinuousBatch, StepResult
+from .continuous_batch import ContinuousBatch
 from .cpu import computes_bfloat16
 from .engine import Engine
 from .kv_cache import DTYPES
@@ -30,6 +30,7 @@ from .models import ModelConfig
 from .models.safetensors_file import SafetensorsDir
 from .policies import policy as policy_named
 from .sequence import Sequence
+from .step_result import StepResult
 
 _LIVING_PER_PLACE = 4  # sequences in the batch's care: enough for its policy to choose among, few enough for memory
 

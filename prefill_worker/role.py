@@ -16,10 +16,11 @@ from ..core.frames import Command, HandOver, Hello, Release
 from ..core.ids import SequenceId
 from ..core.request import Ended, EndReason, Load, Request
 from ..core.tickets import Ticket
-from ..engine.continuous_batch import ContinuousBatch, StepResult
+from ..engine.continuous_batch import ContinuousBatch
 from ..engine.engine import Engine
 from ..engine.members import Goal
 from ..engine.sequence import Sequence
+from ..engine.step_result import StepResult
 from ..kv_transfer.messages import Delivery, Returned
 from ..observe import names
 from ..worker.lending import Lending, Loan

@@ -10,10 +10,11 @@ from typing import Generic, Self, TypeVar
 
 from ..core.errors import BatonError, RequestConflict
 from ..core.request import Ended, EndReason, Load, Request
-from ..engine.continuous_batch import ContinuousBatch, StepResult
+from ..engine.continuous_batch import ContinuousBatch
 from ..engine.engine import Engine
 from ..engine.members import Goal
 from ..engine.sequence import Sequence
+from ..engine.step_result import StepResult
 from ..observe import names
 from .outbox import Outbox
 from .reporting import Reporter

@@ -37,7 +37,7 @@ class Invitation:
     kv_bytes: int  # of each rank
 
 
-class Gang(Protocol):
+class OtherRanks(Protocol):
     """The other ranks of a worker, as rank 0 reaches them while all start."""
 
     def invite(self, invitations: Sequence[Invitation]) -> None:
@@ -48,16 +48,16 @@ class Gang(Protocol):
 
 
 @contextmanager
-def lead(config: WorkerConfig, gang: Gang | None) -> Iterator[Followers | None]:
+def lead(config: WorkerConfig, others: OtherRanks | None) -> Iterator[Followers | None]:
     """Rank 0's side, from before it loads to its last step. None: it is alone. Raises RankLost, ConfigError.
 
     An error of the body goes on at once, whatever the others do: they wait for a plan until this process ends.
     """
-    assert (config.tp > 1) == (gang is not None), (config.tp, gang)
-    if gang is None:
+    assert (config.tp > 1) == (others is not None), (config.tp, others)
+    if others is None:
         yield None
         return
-    with closing(PlanWriter(config.tp - 1)) as plans, closing(_meeting(config, gang, plans)) as communicator:
+    with closing(PlanWriter(config.tp - 1)) as plans, closing(_meeting(config, others, plans)) as communicator:
         yield Followers(communicator, plans)
         with suppress(RankLost):  # at the end nobody misses it
             plans.stop()
@@ -98,14 +98,14 @@ def dtype_of(config: WorkerConfig) -> torch.dtype:
     return DTYPES[config.dtype]
 
 
-def _meeting(config: WorkerConfig, gang: Gang, plans: PlanWriter) -> Communicator:
+def _meeting(config: WorkerConfig, others: OtherRanks, plans: PlanWriter) -> Communicator:
     """Rank 0's. It invites first: on GPUs to meet is to wait for all."""
     if _on_gpu(config):
         meeting = f"file://{config.ring_dir / config.ring_name}.meeting"  # a folder that only its owner may enter
-        gang.invite(_invitations(config, meeting, plans))
+        others.invite(_invitations(config, meeting, plans))
         return _nccl(meeting, 0, config)
     shared = SharedMemory.create(config.tp)
-    gang.invite(_invitations(config, shared.address, plans))
+    others.invite(_invitations(config, shared.address, plans))
     return shared
 
 

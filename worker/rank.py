@@ -20,7 +20,7 @@ from ..kv_transfer.pool import Blocks
 from ..kv_transfer.rank_pools import whole_blocks
 from ..kv_transfer.transport import Transport
 from .config import WorkerConfig
-from .gang import Gang, dtype_of, lead
+from .gang import OtherRanks, dtype_of, lead
 from .lending import Identity
 from .loop import Role, StepLoop
 from .outbox import Outbox
@@ -95,16 +95,16 @@ class Rank:
 
 @contextmanager
 def start(
-    config: WorkerConfig, inbox: Inbox, make_transport: MakeTransport, gang: Gang | None = None
+    config: WorkerConfig, inbox: Inbox, make_transport: MakeTransport, others: OtherRanks | None = None
 ) -> Iterator[Rank]:
-    """gang: the ranks that hold the other parts of the model. Raises ConfigError where the model or its memory can't be
+    """others: the ranks that hold the other parts of the model. Raises ConfigError where the model or its memory can't be
     had as configured, RankLost."""
     rings = RingPair.for_rank(config.ring_dir, config.ring_name)
     try:
-        with lead(config, gang) as followers:
+        with lead(config, others) as followers:
             engine = _engine(config, rings, followers)
-            if gang is not None:
-                engine.open_pools(gang.pools())
+            if others is not None:
+                engine.open_pools(others.pools())
             with make_transport(whole_blocks(engine.rank_pools, engine.rank_heads)) as transport:
                 yield Rank(
                     config=config,

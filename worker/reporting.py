@@ -4,8 +4,8 @@ from collections import deque
 
 from ..core.frames import Report
 from ..core.request import Load, TimedPart
-from ..engine.continuous_batch import StepResult
 from ..engine.preemption import PreemptionCounts
+from ..engine.step_result import StepResult
 from ..kv_transfer.transport import Moved
 from ..observe import names
 from ..wire.worker_codec import report_to_bytes

@@ -1,8 +1,8 @@
 """Gives a step's tokens on to the routers: plain ones as columns, which cost little each, the others one by one."""
 
 from ..core.request import Request, SequenceTokens, TokenLogprobs
-from ..engine.continuous_batch import Chosen
 from ..engine.sequence import Sequence
+from ..engine.step_result import Chosen
 from .outbox import Outbox
 from .roster import M, Roster
 

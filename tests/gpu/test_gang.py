@@ -67,10 +67,10 @@ def live(rank: Rank, config: WorkerConfig, fails: str) -> str:
             config = replace(config, max_model_len=1 << 20)  # more than the model has
         follow(config, rank.hear()[0], lambda handle: report(rank, handle, fails))
         return "followed"
-    gang = Told(rank)
-    with lead(config, gang) as followers:
+    others = Told(rank)
+    with lead(config, others) as followers:
         engine = Engine.build(config.model_dir, torch.float32, device, config.kv_bytes, followers=followers)
-        engine.open_pools(gang.pools())
+        engine.open_pools(others.pools())
         sequences = [greedy(number, (2, 3, 5 + number), 8) for number in range(3)]
         run(engine, sequences, Way(step_tokens=64, join_every=0, lookahead=True))
         if fails == "leading":

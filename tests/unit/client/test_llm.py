@@ -14,8 +14,9 @@ from baton.client.in_process import InProcess
 from baton.core.errors import ConfigError, ContextExceeded, InvalidRequest
 from baton.core.ids import SequenceId
 from baton.core.request import FinishReason, Request, Sampling
-from baton.engine.continuous_batch import ContinuousBatch, StepResult
+from baton.engine.continuous_batch import ContinuousBatch
 from baton.engine.ledger import Ledger
+from baton.engine.step_result import StepResult
 
 MODEL = Path(__file__).resolve().parents[3] / "models" / "baton-docs-1m"
 PROMPTS = [

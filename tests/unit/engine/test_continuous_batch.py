@@ -16,12 +16,13 @@ from baton.core.errors import ModelFault
 from baton.core.ids import BlockId, SequenceId
 from baton.core.request import EndReason, Sampling
 from baton.engine.accounts import OUTPUT_WEIGHT
-from baton.engine.continuous_batch import ContinuousBatch, StepResult
+from baton.engine.continuous_batch import ContinuousBatch
 from baton.engine.engine import Engine
 from baton.engine.members import Goal
 from baton.engine.policies import POLICIES, policy
 from baton.engine.sequence import Sequence
 from baton.engine.step_input import StepInput
+from baton.engine.step_result import StepResult
 
 from ...fakes import VOCAB, answer, fake_engine
 

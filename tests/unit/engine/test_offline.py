@@ -9,10 +9,11 @@ import pytest
 from baton.core.errors import Unavailable
 from baton.core.ids import SequenceId
 from baton.core.request import Request, Sampling
-from baton.engine.continuous_batch import ContinuousBatch, StepResult
+from baton.engine.continuous_batch import ContinuousBatch
 from baton.engine.offline import HeldInterrupts, Offline
 from baton.engine.policies import policy
 from baton.engine.sequence import Sequence
+from baton.engine.step_result import StepResult
 
 from ...fakes import answer, fake_engine
 

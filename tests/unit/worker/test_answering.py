@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from baton.core.frames import Report, WorkerFrame
 from baton.core.ids import SequenceId
 from baton.core.request import EndReason, Load, Request, Sampling, TokenLogprobs
-from baton.engine.continuous_batch import Chosen, ContinuousBatch, StepResult
+from baton.engine.continuous_batch import ContinuousBatch
 from baton.engine.engine import Engine
 from baton.engine.members import Goal
 from baton.engine.policies import policy
 from baton.engine.sequence import Sequence
+from baton.engine.step_result import Chosen, StepResult
 from baton.observe import names
 from baton.wire.codec import frame_from_bytes
 from baton.wire.worker_codec import report_from_bytes
