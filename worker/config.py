@@ -8,8 +8,8 @@ starts all with the same WorkerConfig:
   the ring), and steps until the service says stop. An error that it raises ends this life of the worker. Beside it,
   each call of a peer rank does `kv_transfer.inbox.deliver(inbox, message, handles)` with the same `Inbox()`: the rank
   is a Ray actor named `config.inbox` in the namespace "baton" whose method `deliver(message, handles)` does just that.
-- each other rank: `worker.gang.follow(config, invitation, loaded)`, with what the first one gave for it to its `others`.
-  It follows the first one's steps until that one says stop; an error of any of them ends this life of the worker.
+- each other rank: `worker.gang.follow(config, invitation, loaded)`, with what the first one gave for it to `others`. It
+  follows the first one's steps until that one says stop; an error of any of them ends this life of the worker.
 - the service: `await worker.service.serve(config, stop, ready, progress)`, in an asyncio process. It waits for the
   ring's files, then for the rank, then registers and serves until `stop` is set; WorkerLost when the rank dies.
 
