@@ -97,8 +97,8 @@ class Rank:
 def start(
     config: WorkerConfig, inbox: Inbox, make_transport: MakeTransport, others: OtherRanks | None = None
 ) -> Iterator[Rank]:
-    """others: ranks that hold the other parts of the model. Raises ConfigError where the model or its memory can't be had
-    as configured, RankLost."""
+    """others: ranks that hold the other parts of the model. Raises RankLost, ConfigError where the model or its memory
+    can't be had as configured."""
     rings = RingPair.for_rank(config.ring_dir, config.ring_name)
     try:
         with lead(config, others) as followers:
