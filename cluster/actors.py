@@ -74,7 +74,7 @@ class RankActor:
             rooms: list[int] = ray.get(asked, timeout=timeout_s)
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
-            if isinstance(cause, ConfigError):  # what a follower found is this worker's to tell
+            if cause is not None:  # what a follower found is this worker's to tell
                 raise cause from None
             raise RankLost(f"a rank did not say what its GPU has room for: {error}") from error
         return min([own, *rooms])

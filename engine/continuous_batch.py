@@ -2,7 +2,7 @@
 
     batch = ContinuousBatch(engine, policy("fcfs"))
     batch.add(seq, now)                                # waits for its turn: see residents.py for what becomes of it
-    while (result := batch.step(now)) is not None:     # one forward pass, and what the pass before it chose
+    while (result := batch.step(now)) is not None:     # a forward pass, if any can run, and what the one before chose
         ...
 
 The order within one call of `step`, with look-ahead:
@@ -69,6 +69,7 @@ class ContinuousBatch:
         self._step_tokens = step_tokens
         self._lookahead = engine.device.type == "cuda" if lookahead is None else lookahead
         self._flight: Flight | None = None
+        self._rows_starve = False  # rows had something to compute, and none had its blocks
 
     # Who comes and goes
 
@@ -97,7 +98,7 @@ class ContinuousBatch:
 
     @torch.inference_mode()
     def step(self, now: float) -> StepResult | None:
-        """Take in what has finished, and run one step. None: nothing was there to do."""
+        """Take in what has finished, and run one step, or make room for one. None: nothing was there to do."""
         begin = perf_counter()
         result = StepResult(started=self._residents.start(now))
         plan = self._plan(now)
@@ -114,7 +115,7 @@ class ContinuousBatch:
             self._flight = None
             self._collect(flight, result)
         if before is None and flight is None and not (result.started or plan.preempt):
-            return self._unpin(result)
+            return result if self._unpin() else None
         if flight is not None:
             result.stats = StepStats(
                 sequences=flight.num_sequences,
@@ -127,12 +128,14 @@ class ContinuousBatch:
             )
         return result
 
-    def _unpin(self, result: StepResult) -> StepResult | None:
-        """Pins last as long as there is room beside them: where nobody can go on, the oldest goes."""
-        if (self.running or self.waiting) and self._engine.prefix_cache.unpin_oldest():
-            self._residents.waiting.stir()
-            return result
-        return None
+    def _unpin(self) -> bool:
+        """Pins last as long as there is room beside them: where nothing runs for want of blocks, the oldest goes."""
+        residents = self._residents
+        starved = (self._rows_starve or residents.lacks_blocks) and not residents.blocks_may_come
+        if not (starved and self._engine.prefix_cache.unpin_oldest()):
+            return False
+        residents.waiting.stir()
+        return True
 
     # What is there
 
@@ -191,6 +194,7 @@ class ContinuousBatch:
             return self._ranking(members, now)
 
         plan = plan_step(snapshot, rank)
+        self._rows_starve = len(running) > 0 and not (len(plan.decode) or plan.chunks)
         for handle in plan.preempt:
             self._residents.preempt(members[handle])
         return plan

@@ -108,8 +108,9 @@ class Holdings:
         self._ledger.release(blocks)
 
     def distrust(self, seq: Sequence) -> None:
-        """Nobody else is to find its blocks: their KV may be wrong."""
-        self._ledger.forget(seq.blocks)
+        """Nobody else is to find its blocks, nor borrow its last: their KV may be wrong."""
+        self._prefix_cache.distrust(seq.blocks)
+        self._end_tail(seq)
 
     def advance(self, seq: Sequence, computed: int) -> bool:
         """The KV of the first `computed` tokens is in the blocks; full ones become known to the prefix cache. Gives
@@ -126,7 +127,7 @@ class Holdings:
                 arrived = True
                 self._arrived(expected, full - known)
         if computed >= len(seq.prompt) and seq not in self._lent and seq not in self._borrowers:
-            self._lend_tail(seq)  # only what is its own: a borrowed block goes as soon as it is copied
+            self._lend_tail(seq)  # only what is its own: a borrowed block goes once it is copied
         return arrived
 
     def release(self, seq: Sequence) -> None:
@@ -134,9 +135,7 @@ class Holdings:
         self._keys.pop(seq, None)
         self._borrowers.discard(seq)
         self._prefix_cache.unexpect(self._expected.pop(seq, []))
-        tail = self._lent.pop(seq, None)
-        if tail is not None:
-            self._prefix_cache.end_tail(tail.parent, tail.tokens, tail.block)
+        self._end_tail(seq)
         self._ledger.release(reversed(seq.take_blocks()))
 
     def _keys_of(self, seq: Sequence) -> list[BlockKey]:
@@ -177,6 +176,11 @@ class Holdings:
         parent = seq.keys[full - 1] if full else self._prefix_cache.root(seq.salt)
         tail = self._lent[seq] = _Tail(parent, tokens, seq.blocks[full])
         self._prefix_cache.lend_tail(tail.parent, tail.tokens, tail.block)
+
+    def _end_tail(self, seq: Sequence) -> None:
+        tail = self._lent.pop(seq, None)
+        if tail is not None:
+            self._prefix_cache.end_tail(tail.parent, tail.tokens, tail.block)
 
     def _arrived(self, expected: list[BlockKey], count: int) -> None:
         self._prefix_cache.unexpect(expected[:count])

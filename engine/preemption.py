@@ -45,7 +45,7 @@ class Preemption:
         num_bytes = count * self._block_bytes
         # What a prompt's chunks tell of it is lost with its row, so a prompt that is asked about begins anew.
         keeps = seq.sampling.prompt_logprobs is None or bool(seq.tokens)
-        if space is not None and keeps and self._pays(num_bytes, space.bytes_per_s, seq.computed):
+        if space is not None and keeps and 0 < count <= space.free_count and self._pays(num_bytes, seq.computed, space):
             member.swapped = space.swap_out(seq.blocks[:count])
         if member.swapped is None:
             self._recomputed += 1
@@ -71,7 +71,7 @@ class Preemption:
             self._space.drop(member.swapped)
             member.swapped, member.swapped_tokens = None, 0
 
-    def _pays(self, num_bytes: int, bytes_per_s: float, tokens: int) -> bool:
-        pays = cheaper_to_swap(num_bytes, bytes_per_s, tokens, self._tokens_per_s)
+    def _pays(self, num_bytes: int, tokens: int, space: SwapSpace) -> bool:
+        pays = cheaper_to_swap(num_bytes, space.bytes_per_s, tokens, self._tokens_per_s)
         self._refused = 0 if pays or self._refused == _RETRY - 1 else self._refused + 1
         return pays or self._refused == 0

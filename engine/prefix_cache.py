@@ -7,7 +7,7 @@ from ..core.blocks import block_keys, root_key
 from ..core.ids import BlockId, BlockKey
 from .ledger import Ledger
 
-_MOST_PINNED = 0.5  # of the pool: what is pinned is lost to everybody else
+_MOST_PINNED = 0.5  # of the pool
 
 
 class PrefixCache:
@@ -77,6 +77,13 @@ class PrefixCache:
                 self._tokens[blocks[index]] = tuple(tokens[index * size : (index + 1) * size])
         return keys
 
+    def distrust(self, blocks: Sequence[BlockId]) -> None:
+        """These held blocks may hold something else than their keys say: nobody finds them any more, pinned or not."""
+        self._ledger.forget(blocks)
+        wrong = set(blocks)
+        for salt, tokens in [pin for pin, held in self._pins.items() if not wrong.isdisjoint(held)]:
+            self.unpin(tokens, salt)
+
     # Blocks that are on their way
 
     def expect(self, keys: Iterable[BlockKey]) -> None:
@@ -126,7 +133,8 @@ class PrefixCache:
     # Beginnings that stay
 
     def pin(self, tokens: Sequence[int], salt: str = "") -> int:
-        """Hold what is known of a beginning, so that it is never evicted; returns how many tokens. Again: no more.
+        """Hold what is known of a beginning, so that it is not evicted, but by `unpin_oldest`; returns how many tokens.
+        Again: no more.
 
         Raises ValueError where more than half of the pool would be pinned; then nothing has changed.
         """

@@ -51,6 +51,7 @@ class Residents:
         self._leaving: list[Member] = []
         self._giving_back: list[Member] = []
         self.waiting = WaitingList()
+        self._refused = False  # somebody could not start for want of blocks, the last time that it was tried
 
     # Coming
 
@@ -90,6 +91,7 @@ class Residents:
         if not self.waiting.settle(self._engine.ledger.available):
             return []
         started: list[Sequence] = []
+        self._refused = False
         for member in self._in_turn(now):
             if not self._has_place(member):
                 if member.lands:
@@ -98,6 +100,7 @@ class Residents:
             if self._holdings.awaited(member.seq, whole_prompt=member.lands):
                 continue
             if not self._start(member):
+                self._refused = not member.spare
                 break  # the same, so that none is starved by smaller ones
             started.append(member.seq)
         self.waiting.tried(self._engine.ledger.available)
@@ -226,6 +229,16 @@ class Residents:
     def running(self) -> int:
         """Rows taken."""
         return self._engine.max_batch - self._rows.free_count
+
+    @property
+    def lacks_blocks(self) -> bool:
+        """One waits that could start if there were more blocks."""
+        return self._refused and len(self.waiting) > 0
+
+    @property
+    def blocks_may_come(self) -> bool:
+        """Some hold blocks that they will give back or use before long: KV is on its way, or a step under way."""
+        return bool(self._reserved or self._leaving or self._giving_back)
 
     @property
     def num_tenants(self) -> int:

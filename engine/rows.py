@@ -159,7 +159,7 @@ class Rows:
 
     def unused_slots(self, block_tokens: int) -> int:
         """Places for tokens in the rows' blocks that hold none. Only last blocks have some, and these are not shared
-        for longer than it takes to copy them."""
+        for longer than a step or two."""
         return int((self.num_blocks * block_tokens - self.computed)[self.live].sum())
 
     def costs(self, decode: I64, chunks: Seq[tuple[int, int]]) -> dict[str, int]:

@@ -63,7 +63,7 @@ def plan_step(snapshot: Snapshot, rank: Callable[[], Ranking]) -> StepPlan:
 
 
 class _Given:
-    """Counts the blocks that come free as their holders give them up."""
+    """Counts the blocks that come free as their holders give them up. One may hold a block twice, and gives both."""
 
     def __init__(self, available: int, ranking: Ranking) -> None:
         self.available = available  # now
@@ -78,7 +78,7 @@ class _Given:
         if stake.flying:
             self._late.update(stake.blocks)
         self._given.update(stake.blocks)
-        free = [block for block in stake.blocks if self._given[block] == self._holders[block]]
+        free = [block for block in set(stake.blocks) if self._given[block] == self._holders[block]]
         late = sum(block in self._late for block in free)
         self.coming += late
         self.available += len(free) - late

@@ -65,6 +65,7 @@ class SwapSpace:
         """Copy a ticket's blocks back into as many, but for the first `skip`, which are right. Ends the ticket."""
         assert len(blocks) == len(ticket.slots), (len(blocks), len(ticket.slots))
         if skip < len(blocks):
+            settle(self._pools[0].device)
             begin = perf_counter()
             there = torch.tensor(ticket.slots[skip:])
             for pool, slots in zip(self._pools, self._slots, strict=True):

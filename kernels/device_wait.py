@@ -1,5 +1,5 @@
 """Waits of the host for a device. Each has an end: a rank that hangs leaves the others' devices in a kernel that would
-never return."""
+never return. Not bounded is a launch that finds the device's queue full, of about a thousand launches."""
 
 from time import perf_counter, sleep
 

@@ -28,8 +28,8 @@ class Blocks(Protocol):
 class BlockPool:
     """View of a pool tensor, [N, B] u8: N blocks of B bytes. Owns nothing; callers hold the blocks they name.
 
-    On CUDA copies run on a stream of their own, beside the steps. So nobody may name a block that a step under way
-    still reads or writes.
+    On CUDA copies run on a stream of their own, beside the steps. So nobody may gather from a block where a step under
+    way writes what is gathered, or scatter into one that it reads or writes.
     """
 
     def __init__(self, pool: torch.Tensor) -> None:

@@ -105,7 +105,11 @@ def _meeting(config: WorkerConfig, others: OtherRanks, plans: PlanWriter) -> Com
         others.invite(_invitations(config, meeting, plans))
         return _nccl(meeting, 0, config)
     shared = SharedMemory.create(config.tp)
-    others.invite(_invitations(config, shared.address, plans))
+    try:
+        others.invite(_invitations(config, shared.address, plans))
+    except BaseException:
+        shared.close()
+        raise
     return shared
 
 

@@ -18,7 +18,7 @@ from baton.core.request import EndReason, Sampling
 from baton.engine.accounts import OUTPUT_WEIGHT
 from baton.engine.continuous_batch import ContinuousBatch
 from baton.engine.engine import Engine
-from baton.engine.members import Goal
+from baton.engine.members import Goal, Member
 from baton.engine.policies import POLICIES, policy
 from baton.engine.sequence import Sequence
 from baton.engine.step_input import StepInput
@@ -397,27 +397,75 @@ def test_a_step_that_only_preempts_is_not_the_last() -> None:
 
 
 @pytest.mark.parametrize("lookahead", [False, True])
-def test_kv_of_a_step_that_failed_is_found_by_nobody(lookahead: bool) -> None:
+@pytest.mark.parametrize(("length", "steps"), [(40, 0), (40, 3), (12, 3)])
+def test_kv_of_a_step_that_failed_is_found_by_nobody(length: int, steps: int, lookahead: bool) -> None:
     engine, batch = batch_of(step_tokens=64, lookahead=lookahead)
-    forward, prompt = engine.executor.forward, prompt_of(1, 40)
-    bad = sequence("s/0", prompt, 5)
+    forward, prompt = engine.executor.forward, prompt_of(1, length)
+    bad = sequence("s/0", prompt, 30)
 
     def poisoned(step: StepInput) -> object:
         logits = forward(step)
         engine.kv_cache.pool[bad.blocks] = float("nan")
         return torch.full_like(logits, float("nan"))
 
-    engine.executor.forward = poisoned  # type: ignore[method-assign,assignment]
     batch.add(bad)
-    batch.step(0.0)
+    for _ in range(steps):
+        batch.step(0.0)
+    engine.executor.forward = poisoned  # type: ignore[method-assign,assignment]
+    result = batch.step(0.0)
     engine.executor.forward = forward  # type: ignore[method-assign]
-    run(batch)
-    assert bad.tokens == []
-    again = sequence("s/1", prompt, 5)
+    if lookahead:
+        result = batch.step(0.0)
+    assert result is not None
+    assert [seq for seq, _ in result.ended] == [bad]
+    again = sequence("s/1", prompt, 5)  # at once: a step under way may still have the other's row
     batch.add(again)
     run(batch)
     assert (again.cached_tokens, again.tokens) == (0, answer(prompt, 5))
     assert_clean(engine, batch)
+
+
+def test_a_pin_of_kv_that_may_be_wrong_is_none() -> None:
+    engine, batch = batch_of(16, step_tokens=128)
+    first = sequence("a", prompt_of(1, 64), 2)
+    batch.add(first)
+    run(batch)
+    engine.prefix_cache.pin(first.prompt)
+    forward = engine.executor.forward
+    engine.executor.forward = lambda step: torch.full_like(forward(step), float("nan"))  # type: ignore[method-assign,assignment]
+    batch.add(sequence("b", [*first.prompt, 5], 3))
+    batch.step(0.0)
+    engine.executor.forward = forward  # type: ignore[method-assign]
+    assert not engine.prefix_cache.pins()
+    assert_clean(engine, batch)
+
+
+@pytest.mark.parametrize("goal", [Goal.LANDING, Goal.PROMPT])
+def test_pins_stay_while_nobody_lacks_blocks(goal: Goal) -> None:
+    """One waits for its KV, or for somebody to ask for what it computes."""
+    engine, batch = batch_of(40)
+    first = sequence("a", prompt_of(1, 64), 3)
+    batch.add(first)
+    run(batch)
+    engine.prefix_cache.pin(first.prompt)
+    batch.add(sequence("b", prompt_of(2, 100), 3), 0.0, goal, spare=32 if goal is Goal.PROMPT else 0)
+    run(batch)
+    assert engine.prefix_cache.pins()
+
+
+def test_a_swap_is_tried_again_although_some_have_nothing_to_swap() -> None:
+    _, batch = batch_of(64, swap_blocks=64)
+    preemption = batch._preemption
+    assert preemption._space is not None
+    preemption._space.bytes_per_s, preemption._tokens_per_s = 1.0, 1e9  # swaps have been slow
+    for number in range(4 * 17):
+        seq = sequence(f"s/{number}", prompt_of(number, 20), 5)
+        batch._holdings.start(seq, 0)
+        seq.computed = 0 if number % 16 == 15 else 20
+        member = Member(seq, Goal.ANSWER, 0.0)
+        preemption.take_blocks(member)
+        preemption.drop(member)
+    assert preemption.counts.swapped == 4
 
 
 def test_a_block_that_is_copied_is_held_until_the_copy_is_done() -> None:

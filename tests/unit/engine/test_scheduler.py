@@ -184,6 +184,13 @@ def test_a_block_that_two_share_comes_free_with_the_second_of_them() -> None:
     assert parts(plan_step(snapshot({0: (80, 4, False)}, available=0), told(held))) == ([], [], [3, 2, 1])
 
 
+def test_a_block_that_a_step_holds_twice_comes_free_once() -> None:
+    """Two copies are made of it."""
+    stakes = {row: Stake([BlockId(row)], False) for row in range(3)}
+    copied = Situation(snapshot({}), [0, 1, 2], stakes, [[BlockId(7), BlockId(7)]])
+    assert parts(plan_step(snapshot({0: (80, 2, False)}, available=0), told(copied))) == ([], [], [2])
+
+
 def test_a_shared_block_is_waited_for_where_one_of_its_holders_is_under_way() -> None:
     stakes = {0: Stake([], False), 1: Stake([BlockId(7)], False)}
     late = Situation(snapshot({}), [0, 1], stakes, [[BlockId(7)]])
