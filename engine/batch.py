@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..kernels.paged_attention import DecodePlan, Workspace, plan_decode
 from ..kernels.prefill_attention import PrefillPlan, plan_prefill
+from ..kernels.split_attention import SplitPlan
 from ..kernels.write_kv import plan_write
 from .staging import Array, Staging
 from .step_input import StepInput
@@ -22,7 +23,7 @@ class DecodeRows:
 
     block_tables: Tensor  # [S, B] i32
     context_lens: Tensor  # [S] i32, the new token counted
-    plan: DecodePlan | None  # of the torch path; None where a kernel reads the tables
+    plan: DecodePlan | SplitPlan | None  # None where a kernel reads the tables and needs no more
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .build import DTYPES, cuda_library, stream, vector_rows
+from .split_attention import SPLIT_HEAD_SIZES, SplitPlan, SplitWorkspace, plan_split, split_decode_attention
 
 CUDA_HEAD_SIZES = (64, 80, 96, 128, 256)  # those that csrc/paged_attention.cu is compiled for
 
@@ -18,6 +19,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
+        self.split = SplitWorkspace()
 
     def take(self, rows: int, width: int, like: Tensor) -> Tensor:
         """[rows, width] of like's dtype and device, not initialised; overwritten by the next take."""
@@ -47,7 +49,7 @@ def paged_decode_attention(
     scale: float,
     window: int | None = None,
     out: Tensor | None = None,
-    plan: DecodePlan | None = None,
+    plan: DecodePlan | SplitPlan | None = None,
 ) -> Tensor:
     """softmax(q K^T * scale) V of each sequence over its own context.
 
@@ -69,8 +71,8 @@ def paged_decode_attention(
     assert 0 <= layer < num_layers, (layer, pool.shape)
     library = _cuda_library(pool)
     if library is not None:
-        return _launch(library, q, pool, layer, block_tables, context_lens, scale, window, out)
-    if plan is None:
+        return _launch(library, q, pool, layer, block_tables, context_lens, scale, window, out, plan)
+    if not isinstance(plan, DecodePlan):
         plan = _plan(pool, block_tables, context_lens, {window}, None)
     result = _attend(q, pool, layer, scale, window, plan)
     return result if out is None else out.copy_(result)
@@ -82,13 +84,14 @@ def plan_decode(
     context_lens: Tensor,
     windows: Set[int | None],
     workspace: Workspace | None = None,
-) -> DecodePlan | None:
-    """The plan of a step whose layers use these windows; None where a CUDA kernel serves, which needs none.
+) -> DecodePlan | SplitPlan | None:
+    """The plan of a step whose layers use these windows; None where a CUDA kernel serves that needs none.
 
     block_tables [S, B] i32, context_lens [S] i32.
     """
-    if _cuda_library(pool) is not None:
-        return None
+    library = _cuda_library(pool)
+    if library is not None:
+        return _split(library, pool, context_lens, windows, workspace) if _splits(pool) else None
     return _plan(pool, block_tables, context_lens, windows, workspace)
 
 
@@ -173,6 +176,16 @@ def _cuda_library(pool: Tensor) -> ctypes.CDLL | None:
     return cuda_library(pool.device)
 
 
+def _splits(pool: Tensor) -> bool:
+    return pool.dtype == torch.bfloat16 and pool.shape[-1] in SPLIT_HEAD_SIZES
+
+
+def _split(
+    library: ctypes.CDLL, pool: Tensor, context_lens: Tensor, windows: Set[int | None], workspace: Workspace | None
+) -> SplitPlan:
+    return plan_split(library, context_lens, pool.shape[3], windows, None if workspace is None else workspace.split)
+
+
 def _launch(
     library: ctypes.CDLL,
     q: Tensor,
@@ -183,6 +196,7 @@ def _launch(
     scale: float,
     window: int | None,
     out: Tensor | None,
+    plan: DecodePlan | SplitPlan | None,
 ) -> Tensor:
     assert q.dtype == pool.dtype, (q.dtype, pool.dtype)
     assert block_tables.dtype == context_lens.dtype == torch.int32, (block_tables.dtype, context_lens.dtype)
@@ -190,10 +204,15 @@ def _launch(
     for tensor in (pool, block_tables, context_lens):
         assert tensor.is_contiguous(), tensor.stride()
     assert window is None or window > 0, window
-    q = vector_rows(q)
     result = out if out is not None and out.is_contiguous() else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     assert result.shape == q.shape, (result.shape, q.shape)
     assert result.dtype == q.dtype, (result.dtype, q.dtype)
+    if _splits(pool):
+        if not isinstance(plan, SplitPlan):
+            plan = _split(library, pool, context_lens, {window}, None)
+        split_decode_attention(library, q, pool, layer, block_tables, context_lens, scale, window, plan, result)
+        return result if out is None or out is result else out.copy_(result)
+    q = vector_rows(q)
     _, num_layers, _, heads, block_tokens, head_size = pool.shape
     library.paged_decode_attention(
         q.data_ptr(),

@@ -12,6 +12,12 @@ namespace baton {
 
 constexpr int kVecBytes = 16;  // the widest load one thread can make
 
+// Shared memory that one thread block can have. A library is compiled for one architecture.
+constexpr int kSharedKb(int arch) {
+  return arch == 800 || arch == 870 ? 163 : arch >= 900 && arch < 1200 ? 227 : 99;
+}
+constexpr int kSharedBytes = kSharedKb(__CUDA_ARCH_LIST__) << 10;
+
 template <typename T>
 constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;

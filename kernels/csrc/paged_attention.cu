@@ -264,21 +264,20 @@ int by_heads(const Problem& p, cudaStream_t stream) {
   return launch<T, D, kMaxHeads>(p, stream);
 }
 
-template <typename T>
-int by_head_size(const Problem& p, int head_size, cudaStream_t stream) {
+int float_by_head_size(const Problem& p, int head_size, cudaStream_t stream) {
   switch (head_size) {
-    case 64: return by_heads<T, 64>(p, stream);
-    case 80: return by_heads<T, 80>(p, stream);
-    case 96: return by_heads<T, 96>(p, stream);
-    case 128: return by_heads<T, 128>(p, stream);
-    case 256: return by_heads<T, 256>(p, stream);
+    case 64: return by_heads<float, 64>(p, stream);
+    case 80: return by_heads<float, 80>(p, stream);
+    case 96: return by_heads<float, 96>(p, stream);
+    case 128: return by_heads<float, 128>(p, stream);
+    case 256: return by_heads<float, 256>(p, stream);
     default: return cudaErrorInvalidValue;
   }
 }
 
 }  // namespace
 
-// dtype 0: float32, 1: bfloat16. Block sizes are multiples of 16. Table entries past a sequence's context are not read.
+// dtype 0: float32, 1: bfloat16, for head size 256 alone: others are split_attention.cu's. Block sizes are multiples of 16. Table entries past a sequence's context are not read.
 BATON_EXPORT int paged_decode_attention(const void* q, const void* pool, const int32_t* block_tables,
                                         const int32_t* context_lens, void* out, int dtype, int64_t q_stride,
                                         int sequences, int heads, int kv_heads, int head_size, int block_tokens,
@@ -289,7 +288,7 @@ BATON_EXPORT int paged_decode_attention(const void* q, const void* pool, const i
     return cudaErrorInvalidValue;
   const Problem p{q,       pool,  block_tables, context_lens, out,    q_stride, sequences, heads, kv_heads, block_tokens,
                   layers,  layer, table_stride, window,       scale};
-  if (dtype == 0) return by_head_size<float>(p, head_size, stream);
-  if (dtype == 1) return by_head_size<__nv_bfloat16>(p, head_size, stream);
+  if (dtype == 0) return float_by_head_size(p, head_size, stream);
+  if (dtype == 1 && head_size == 256) return by_heads<__nv_bfloat16, 256>(p, stream);
   return cudaErrorInvalidValue;
 }
