@@ -19,9 +19,9 @@
 
 namespace {
 
-constexpr int kTile = 128;     // tokens
 constexpr int kStep = 16;      // tokens of one warp in a tile
-constexpr int kWarps = kTile / kStep;
+constexpr int kWarps = baton::kSharedBytes < (128 << 10) ? 4 : 8;  // as many as find room for their rings
+constexpr int kTile = kWarps * kStep;
 constexpr int kThreads = kWarps * 32;
 constexpr int kColumns = 8;    // query heads of one column block
 constexpr float kLog2e = 1.4426950408889634f;
@@ -95,7 +95,7 @@ struct Layout {
   static constexpr int kPitch = D * 2 + 16;              // bytes; an odd number of vectors, so 8 rows meet no bank twice
   static constexpr int kHalf = kStep * kPitch;           // K, then V
   static constexpr int kStage = 2 * kHalf;               // of one warp
-  static constexpr int kRoom = baton::kSharedBytes - (37 << 10);  // for all rings
+  static constexpr int kRoom = baton::kSharedBytes - (20 << 10);  // for all rings
   static constexpr int kStages = kRoom / (kWarps * kStage) < 6 ? kRoom / (kWarps * kStage) : 6;
   static constexpr int kMergeRows = 16 * 1024 / (kWarps * kColumns * 4);  // of D, summed over warps at a time
   static constexpr int kMerge = kWarps * kColumns * (kMergeRows < D ? kMergeRows : D) * 4;
