@@ -55,6 +55,17 @@ def complete(seq: Sequence) -> list[int]:
     return tokens[:stop]
 
 
+def land(engine: Engine, seq: Sequence) -> None:
+    """Write the KV of its prompt, as the fake model would have."""
+    pool = engine.kv_cache.pool
+    for position in range(seq.computed // BLOCK_TOKENS * BLOCK_TOKENS, len(seq.prompt)):
+        block = seq.blocks[position // BLOCK_TOKENS]
+        if engine.ledger.holders(block) > 1:
+            continue  # borrowed: it is there, and nobody may write it
+        pool[block, 0, 0, 0, position % BLOCK_TOKENS] = float(seq.prompt[position])
+        pool[block, 0, 1, 0, position % BLOCK_TOKENS] = float(position)
+
+
 def run(batch: ContinuousBatch) -> list[StepResult]:
     results = []
     while (result := batch.step(0.0)) is not None:
@@ -301,6 +312,41 @@ def test_the_oldest_is_never_preempted() -> None:
     assert ended[0] is sequences[0]
     assert batch.preemptions.recomputed > 0
     assert_clean(engine, batch)
+
+
+@pytest.mark.parametrize("goal", [Goal.ANSWER, Goal.LANDING])
+@pytest.mark.parametrize("swap", [0, 64])
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_nobody_is_starved_by_newcomers_however_many_come(name: str, swap: int, goal: Goal) -> None:
+    """Blocks are short, rows too, and in each step a newcomer comes that the policy likes better: short, of the highest
+    priority, of a tenant of its own. A step takes ten seconds, so ages count."""
+    engine = fake_engine(14, max_batch=3)
+    swap_bytes = swap * engine.geometry.block_bytes
+    batch = ContinuousBatch(engine, policy(name), step_tokens=40, swap_bytes=swap_bytes, lookahead=True)
+    sampling = Sampling(max_tokens=60, temperature=0.0)
+    old = Sequence(SequenceId("old"), tuple(prompt_of(1, 90)), sampling, priority=-5, tenant="old")
+    batch.add(old, 0.0, goal)
+    pending: list[Sequence] = []
+    for turn in range(3000):
+        now = 10.0 * turn
+        if batch.waiting < 8:
+            short = Sampling(max_tokens=2 + turn % 5, temperature=0.0)
+            prompt = tuple(prompt_of(turn, 10 + turn % 40))
+            newcomer = Sequence(SequenceId(f"s/{turn}"), prompt, short, priority=5, tenant=f"t{turn}")
+            batch.add(newcomer, now, (Goal.ANSWER, Goal.LANDING)[turn % 2])
+        result = batch.step(now)
+        if result is not None:
+            assert all(reason is EndReason.LENGTH for _, reason in result.ended)
+            if any(seq is old for seq, _ in result.ended):
+                break
+            pending += [seq for seq in result.started if not seq.tokens and batch._residents.of(seq).lands]
+        for seq in pending:
+            land(engine, seq)
+            batch.landed(seq, answer(seq.prompt, 1)[0])
+        pending = []
+    else:
+        raise AssertionError(f"{len(old.tokens)} of 60 tokens after 3,000 steps")
+    assert old.tokens == answer(old.prompt, 60)
 
 
 def test_logits_that_are_no_numbers_end_their_sequence_alone() -> None:
@@ -657,16 +703,10 @@ class BatchMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.reserved)
     @rule(data=st.data())
     def land(self, data: st.DataObject) -> None:
-        """Its KV arrives from elsewhere: what the fake model would have written."""
+        """Its KV arrives from elsewhere."""
         seq = data.draw(st.sampled_from(self.reserved))
         self.reserved.remove(seq)
-        pool = self.engine.kv_cache.pool
-        for position in range(seq.computed // BLOCK_TOKENS * BLOCK_TOKENS, len(seq.prompt)):
-            block = seq.blocks[position // BLOCK_TOKENS]
-            if self.engine.ledger.holders(block) > 1:
-                continue  # borrowed: it is there, and nobody may write it
-            pool[block, 0, 0, 0, position % BLOCK_TOKENS] = float(seq.prompt[position])
-            pool[block, 0, 1, 0, position % BLOCK_TOKENS] = float(position)
+        land(self.engine, seq)
         (first,) = answer(seq.prompt, 1)
         self.given[seq].append(first)
         self.batch.landed(seq, first)
