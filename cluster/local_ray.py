@@ -53,7 +53,7 @@ def start(num_gpus: int, cluster_token: str, folder: Path) -> None:
             _temp_dir=str(folder),
         )
     except Exception as error:  # Ray names no class for what may go wrong here
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = _first_line(error)
         raise ConfigError(f"Ray did not start: {reason}") from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -160,14 +160,19 @@ def _death_of(run: Any) -> Death:
     except ray.exceptions.RayTaskError as error:
         return _told(error.cause)
     except ray.exceptions.RayError as error:
-        return Death((str(error).strip().splitlines() or [type(error).__name__])[0])
+        return Death(_first_line(error))
     return Death("it returned")
 
 
 def _told(cause: BaseException) -> Death:
     """Configuration mistakes that only the rank could find would come again; anything else may not."""
-    text = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    text = _first_line(cause)
     hopeless = isinstance(cause, ConfigError | ValueError | FileNotFoundError | MemoryError)
     if isinstance(cause, BatonError):
         return Death(text, hopeless)
     return Death(f"{type(cause).__name__}: {text}", hopeless)
+
+
+def _first_line(error: BaseException) -> str:
+    """Of what it says, or its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
