@@ -2,7 +2,7 @@
 
 import grpc
 
-from .server import BETWEEN_SERVICES, Limits
+from .server import BETWEEN_SERVICES, Limits, window
 from .tls import ClientTls
 
 
@@ -12,6 +12,7 @@ def open_channel(address: str, tls: ClientTls | None = None, limits: Limits = BE
     """
     options = [
         ("grpc.use_local_subchannel_pool", 1),
+        *window(limits),
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_message_bytes),
         ("grpc.keepalive_time_ms", round(limits.keepalive_s * 1000)),
