@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from .ids import Epoch, SequenceId, TicketId, WorkerId
 
+KV_WIDTHS = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
+"""Bytes of one number of the KV, by dtype."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Geometry:
@@ -13,15 +16,20 @@ class Geometry:
     num_kv_heads: int
     head_size: int
     block_tokens: int
-    dtype: str  # "bfloat16" or "float32"
-    fingerprint: str  # of the model: blocks of another model are never taken
+    dtype: str  # one of KV_WIDTHS
+    fingerprint: str  # of model and KV dtype, as in block keys: equal ones hold the same numbers
     first_layer: int = 0  # ... which are [first_layer, first_layer + num_layers) of the model
+    model: str = ""  # fingerprint of the model alone: equal ones hold the same numbers but for rounding; "": not said
+
+    @property
+    def layers(self) -> range:
+        """Of the model."""
+        return range(self.first_layer, self.first_layer + self.num_layers)
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block: all layers, K and V."""
-        width = {"bfloat16": 2, "float32": 4}[self.dtype]
-        return self.num_layers * 2 * self.num_kv_heads * self.block_tokens * self.head_size * width
+        return self.num_layers * 2 * self.num_kv_heads * self.block_tokens * self.head_size * KV_WIDTHS[self.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

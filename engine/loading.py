@@ -66,6 +66,7 @@ def load_part(
         block_tokens=block_tokens,
         dtype=_DTYPE_NAMES[dtype],
         fingerprint=config.kv_fingerprint(dtype),
+        model=config.fingerprint,
     )
     peers: Communicator = Alone() if communicator is None else communicator
     heads = Shard(peers.rank, peers.size).kv_heads(config.num_kv_heads)

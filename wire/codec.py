@@ -30,7 +30,7 @@ from ..v1 import inference_pb2, kv_pb2, link_pb2
 from . import bounds
 from .request_codec import decode_admit, decode_sequence_id, encode_request, milliseconds
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn")
 MAX_COMMANDS = 8192  # in one frame
 _MAX_LEASE_MS = 3_600_000
 _END_REASONS = {
@@ -69,6 +69,7 @@ def encode_geometry(geometry: Geometry) -> kv_pb2.Geometry:
         dtype=geometry.dtype,
         fingerprint=geometry.fingerprint,
         first_layer=geometry.first_layer,
+        model=geometry.model,
     )
 
 
@@ -83,6 +84,7 @@ def decode_geometry(message: kv_pb2.Geometry) -> Geometry:
         dtype=message.dtype,
         fingerprint=bounds.text(message.fingerprint, "fingerprint", bounds.MAX_ID_BYTES),
         first_layer=bounds.at_most(message.first_layer, bounds.MAX_ITEMS, "first_layer"),
+        model=bounds.text(message.model, "model", bounds.MAX_ID_BYTES),
     )
 
 

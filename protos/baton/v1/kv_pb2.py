@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x62\x61ton/v1/kv.proto\x12\x08\x62\x61ton.v1\"\x96\x01\n\x08Geometry\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x11\n\thead_size\x18\x03 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x07 \x01(\r\"\x94\x01\n\x06Ticket\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0e\n\x06wanted\x18\x04 \x03(\r\x12$\n\x08geometry\x18\x05 \x01(\x0b\x32\x12.baton.v1.Geometry\x12\x10\n\x08lease_ms\x18\x06 \x01(\r\x12\r\n\x05inbox\x18\x07 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x62\x61ton/v1/kv.proto\x12\x08\x62\x61ton.v1\"\xa5\x01\n\x08Geometry\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x11\n\thead_size\x18\x03 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x07 \x01(\r\x12\r\n\x05model\x18\x08 \x01(\t\"\x94\x01\n\x06Ticket\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0e\n\x06wanted\x18\x04 \x03(\r\x12$\n\x08geometry\x18\x05 \x01(\x0b\x32\x12.baton.v1.Geometry\x12\x10\n\x08lease_ms\x18\x06 \x01(\r\x12\r\n\x05inbox\x18\x07 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'baton.v1.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GEOMETRY']._serialized_start=32
-  _globals['_GEOMETRY']._serialized_end=182
-  _globals['_TICKET']._serialized_start=185
-  _globals['_TICKET']._serialized_end=333
+  _globals['_GEOMETRY']._serialized_end=197
+  _globals['_TICKET']._serialized_start=200
+  _globals['_TICKET']._serialized_end=348
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Geometry(_message.Message):
-    __slots__ = ("num_layers", "num_kv_heads", "head_size", "block_tokens", "dtype", "fingerprint", "first_layer")
+    __slots__ = ("num_layers", "num_kv_heads", "head_size", "block_tokens", "dtype", "fingerprint", "first_layer", "model")
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
     HEAD_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,7 @@ class Geometry(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     num_layers: int
     num_kv_heads: int
     head_size: int
@@ -22,7 +23,8 @@ class Geometry(_message.Message):
     dtype: str
     fingerprint: str
     first_layer: int
-    def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_size: _Optional[int] = ..., block_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., fingerprint: _Optional[str] = ..., first_layer: _Optional[int] = ...) -> None: ...
+    model: str
+    def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_size: _Optional[int] = ..., block_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., fingerprint: _Optional[str] = ..., first_layer: _Optional[int] = ..., model: _Optional[str] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("ticket_id", "worker_id", "epoch", "wanted", "geometry", "lease_ms", "inbox")

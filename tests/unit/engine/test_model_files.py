@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from baton.engine.loading import load_part
 from baton.engine.models import ModelConfig, load_model
 
 CPU = torch.device("cpu")
@@ -222,6 +223,14 @@ def test_the_fingerprint_tells_weights_and_dtypes_apart(own: Path, checkpoint: C
     data[-1] ^= 1  # the sign of one weight, or so
     file.write_bytes(bytes(data))
     assert ModelConfig.from_dir(own).fingerprint != before.fingerprint
+
+
+def test_workers_that_keep_kv_in_different_dtypes_say_that_they_have_one_model(checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint("Llama")
+    dtypes = (torch.float32, torch.bfloat16)
+    one, other = (load_part(path, dtype, CPU, kv_bytes=1 << 20).kv_cache.geometry for dtype in dtypes)
+    assert one.model == other.model == ModelConfig.from_dir(path).fingerprint
+    assert one.fingerprint != other.fingerprint  # the same block has another key in another dtype
 
 
 def test_the_old_spelling_of_rope_is_understood(own: Path) -> None:

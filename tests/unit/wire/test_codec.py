@@ -78,6 +78,7 @@ GEOMETRIES = st.builds(
     dtype=st.sampled_from(codec.DTYPES),
     fingerprint=IDS,
     first_layer=st.integers(0, 200),
+    model=st.one_of(st.just(""), IDS),
 )
 TICKETS = st.builds(
     Ticket,
@@ -372,6 +373,7 @@ def test_a_router_that_knows_no_repetition_penalty_asks_for_none() -> None:
         a_ticket(geometry=kv_pb2.Geometry(dtype="int4")),
         a_ticket(geometry=kv_pb2.Geometry(num_layers=2**20)),
         a_ticket(geometry=kv_pb2.Geometry(first_layer=2**20)),
+        a_ticket(geometry=kv_pb2.Geometry(model="m" * 1000)),
         kv_pb2.Ticket(ticket_id="t", worker_id="w", inbox="i"),
     ],
 )
