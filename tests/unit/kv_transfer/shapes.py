@@ -1,7 +1,9 @@
 """Sides of every shape, pools full of numbers, and the slow way to hand KV over, for the tests of plans."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy.typing as npt
 import torch
 
 from baton.core.ids import BlockId
@@ -53,9 +55,17 @@ def write_by_token(
     """The specification: one token at a time. kv [T, all layers of the model, 2, G, D], in the pools' dtype."""
     geometry = side.geometry
     size, layers = geometry.block_tokens, slice(geometry.layers.start, geometry.layers.stop)
-    for token in tokens:
-        for pool, held in zip(pools, side.rank_heads, strict=True):
-            pool[table[token // size], :, :, :, token % size] = kv[token, layers, :, held.start : held.stop]
+    numbers = bits(kv)
+    for pool, held in zip(map(bits, pools), side.rank_heads, strict=True):
+        for token in tokens:
+            pool[table[token // size], :, :, :, token % size] = numbers[token, layers, :, held.start : held.stop]
+
+
+def bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """The same memory, as integers that numpy knows."""
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    found: npt.NDArray[Any] = tensor.view(kind).numpy()
+    return found
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
