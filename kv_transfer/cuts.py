@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from ..core.ids import BlockId
 from .plan import Parcel
 
+Indices = frozenset[int] | set[int]
+"""Of blocks in the prompt. Sets, since what is asked of them for each piece must not take longer with the prompt."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cut:
@@ -61,49 +64,65 @@ def source_blocks_for(cut: Cut, wanted: Iterable[int]) -> tuple[Part, ...]:
     return tuple(Part(index, tuple(tokens)) for index, tokens in parts.items())
 
 
-def next_source_parcel(
-    cut: Cut, wanted: Iterable[int], announced: Collection[int], table: Sequence[BlockId], computed: int
-) -> Parcel:
-    """What can be announced now: blocks that the reader wants something of, complete, and not announced yet.
+def is_needed(cut: Cut, wanted: Indices, source_block: int) -> bool:
+    """Whether a source block holds any token of a wanted block. Else a piece that names it does not fit its ticket."""
+    tokens = tokens_of((source_block,), cut.source_block, cut.prompt_tokens)
+    return any(block in wanted for run in tokens for block in blocks_of(run, cut.reader_block))
 
-    wanted: the reader's blocks; announced: the source's; table: the prompt's blocks at the source, by index; computed:
-    how many of the prompt's tokens have their KV. A block is complete with its last token, or the prompt's.
+
+def next_source_parcel(
+    cut: Cut, wanted: Indices, table: Sequence[BlockId], announced_tokens: int, computed_tokens: int
+) -> Parcel:
+    """What can be announced once more of the prompt's tokens have their KV than when something was announced last.
+
+    wanted: the reader's blocks. table: the prompt's blocks at the source, by index. A block is complete with its last
+    token, or the prompt's, and announced just once, if the reader wants anything of it.
     """
-    complete = -(-cut.prompt_tokens // cut.source_block)
-    if computed < cut.prompt_tokens:
-        complete = computed // cut.source_block
-    needed = (part.index for part in source_blocks_for(cut, wanted))
-    indices = tuple(index for index in needed if index < complete and index not in announced)
+    new = range(_complete(cut, announced_tokens), _complete(cut, computed_tokens))
+    indices = tuple(index for index in new if is_needed(cut, wanted, index))
     return Parcel(indices, tuple(table[index] for index in indices))
 
 
-def brought(cut: Cut, wanted: Iterable[int], piece: Collection[int]) -> tuple[range, ...]:
+def brought(cut: Cut, wanted: Indices, piece: Collection[int]) -> tuple[range, ...]:
     """The prompt's tokens that a piece of these source blocks brings to the wanted blocks: rising, apart.
 
     Nothing that is not wanted, whatever the piece names.
     """
-    asked = tokens_of(wanted, cut.reader_block, cut.prompt_tokens)
-    return tuple(_common(asked, tokens_of(piece, cut.source_block, cut.prompt_tokens)))
+    given = tokens_of(piece, cut.source_block, cut.prompt_tokens)
+    asked = tokens_of(wanted.intersection(_touched(cut, given)), cut.reader_block, cut.prompt_tokens)
+    return tuple(_common(asked, given))
 
 
-def completed(cut: Cut, wanted: Collection[int], arrived: Collection[int], piece: Collection[int]) -> tuple[int, ...]:
+def completed(cut: Cut, wanted: Indices, arrived: Indices, piece: Collection[int]) -> tuple[int, ...]:
     """The wanted blocks that a piece of source blocks completes, rising, once those of `arrived` are there.
 
     Those that were complete before are not named again, so over all pieces each wanted block is named once.
     """
-    new = set(piece).difference(arrived)
-    there = new.union(arrived)
-    touched = {
+    new = {index for index in piece if index not in arrived}
+    touched = _touched(cut, tokens_of(new, cut.source_block, cut.prompt_tokens))
+    return tuple(
         block
-        for run in tokens_of(new, cut.source_block, cut.prompt_tokens)
-        for block in blocks_of(run, cut.reader_block)
-    }
-    return tuple(block for block in sorted(touched.intersection(wanted)) if _needs(cut, block) <= there)
+        for block in sorted(wanted.intersection(touched))
+        if all(index in new or index in arrived for index in _needed_for(cut, block))
+    )
 
 
-def _needs(cut: Cut, block: int) -> set[int]:
+def _complete(cut: Cut, computed_tokens: int) -> int:
+    """How many of the source's blocks get no more of the prompt's tokens."""
+    if computed_tokens < cut.prompt_tokens:
+        return computed_tokens // cut.source_block
+    return -(-cut.prompt_tokens // cut.source_block)
+
+
+def _touched(cut: Cut, runs: Iterable[range]) -> Iterator[int]:
+    """The reader's blocks that hold any of these tokens."""
+    return (block for run in runs for block in blocks_of(run, cut.reader_block))
+
+
+def _needed_for(cut: Cut, block: int) -> Iterator[int]:
     """The source's blocks that hold a block of the reader."""
-    return {part.index for part in source_blocks_for(cut, (block,))}
+    runs = tokens_of((block,), cut.reader_block, cut.prompt_tokens)
+    return (index for run in runs for index in blocks_of(run, cut.source_block))
 
 
 def _common(ours: Sequence[range], theirs: Sequence[range]) -> Iterator[range]:

@@ -76,7 +76,8 @@ class Plan:
     def keeps_keys(self) -> bool:
         """The reader may make what it got known under its own block keys, whose fingerprint names its dtype.
 
-        Not where it stores wider numbers than it got: who finds such a block would take it to be exact.
+        Not where it stores wider numbers than it got: who finds such a block, or one computed after it, would take it
+        to be exact.
         """
         return KV_WIDTHS[self.source.geometry.dtype] >= KV_WIDTHS[self.reader.geometry.dtype]
 

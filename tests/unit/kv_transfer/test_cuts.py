@@ -1,6 +1,6 @@
 """A prompt in blocks of two sizes: against sets of tokens."""
 
-from itertools import product
+from itertools import pairwise, product
 from random import Random
 
 import pytest
@@ -14,6 +14,7 @@ from baton.kv_transfer.cuts import (
     blocks_of,
     brought,
     completed,
+    is_needed,
     next_source_parcel,
     source_blocks_for,
     tokens_of,
@@ -91,10 +92,12 @@ def test_chunk_by_chunk_every_wanted_token_comes_once_and_every_wanted_block_is_
     cut, wanted, ends = hand_over
     table = [BlockId(1000 - index) for index in range(-(-cut.prompt_tokens // cut.source_block))]
     announced: set[int] = set()
+    before = 0
     tokens: list[int] = []
     done: list[int] = []
     for computed in ends:
-        parcel = next_source_parcel(cut, wanted, announced, table, computed)
+        parcel = next_source_parcel(cut, wanted, table, before, computed)
+        before = computed
         assert parcel.blocks == tuple(table[index] for index in parcel.indices)
         come = flat(brought(cut, wanted, parcel.indices))
         assert all(token < computed for token in come)
@@ -107,9 +110,8 @@ def test_chunk_by_chunk_every_wanted_token_comes_once_and_every_wanted_block_is_
         for block in wanted:
             assert (block in done) == (tokens_in(cut, {block}, cut.reader_block) <= there)
         for index in range(computed // cut.source_block):  # what is complete does not wait
-            assert (index in announced) == bool(
-                tokens_in(cut, {index}, cut.source_block) & tokens_in(cut, wanted, cut.reader_block)
-            )
+            needed = bool(tokens_in(cut, {index}, cut.source_block) & tokens_in(cut, wanted, cut.reader_block))
+            assert (index in announced) == is_needed(cut, wanted, index) == needed
     assert tokens == sorted(tokens_in(cut, wanted, cut.reader_block))
     assert sorted(done) == sorted(wanted)
 
@@ -132,25 +134,25 @@ def test_pieces_in_any_order_and_with_strange_blocks_bring_nothing_else(
     assert sorted(done) == sorted(wanted)
 
 
-@given(hand_overs(sizes=(16, 64)), st.integers(0, 700))
-def test_blocks_of_one_size_are_handed_over_as_before(
-    hand_over: tuple[Cut, set[int], list[int]], computed: int
-) -> None:
-    cut, wanted, _ = hand_over
+@given(hand_overs(sizes=(16, 64)))
+def test_blocks_of_one_size_are_handed_over_as_before(hand_over: tuple[Cut, set[int], list[int]]) -> None:
+    cut, wanted, ends = hand_over
     cut = Cut(prompt_tokens=cut.prompt_tokens, source_block=cut.reader_block, reader_block=cut.reader_block)
-    computed = min(computed, cut.prompt_tokens)
     table = [BlockId(7 + index) for index in range(50)]
-    complete = len(table) if computed == cut.prompt_tokens else computed // cut.reader_block
-    announced = {index for index in wanted if index % 3 == 0}
-    parcel = next_source_parcel(cut, wanted, announced, table, computed)
-    assert parcel == next_parcel(wanted, announced, table, complete)
-    assert completed(cut, wanted, announced, parcel.indices) == parcel.indices
+    announced: set[int] = set()
+    for before, computed in pairwise((0, *ends)):
+        complete = len(table) if computed == cut.prompt_tokens else computed // cut.reader_block
+        parcel = next_source_parcel(cut, wanted, table, before, computed)
+        assert parcel == next_parcel(wanted, announced, table, complete)
+        assert completed(cut, wanted, announced, parcel.indices) == parcel.indices
+        announced |= set(parcel.indices)
 
 
 def test_what_lies_beyond_the_prompt_is_nothing() -> None:
     cut = Cut(prompt_tokens=20, source_block=16, reader_block=16)
     assert tokens_of({1, 5}, 16, 20) == (range(16, 20),)
     assert source_blocks_for(cut, {2}) == ()
-    assert next_source_parcel(cut, {2}, set(), [], 20) == Parcel((), ())
+    assert next_source_parcel(cut, {2}, [], 0, 20) == Parcel((), ())
+    assert not is_needed(cut, {2}, 2)
     assert completed(cut, {2}, set(), {2}) == ()
     assert blocks_of(range(0), 16) == range(0)

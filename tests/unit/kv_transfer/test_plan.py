@@ -120,18 +120,18 @@ def test_stages_that_are_cut_differently_cover_each_layer_once(
         assert found == Counter((rank, layer, head) for rank, held in ranks for head in held for layer in layers)
 
 
-def test_odd_ranges_of_heads_are_read_from_whoever_reaches_furthest() -> None:
+def test_of_odd_ranges_of_heads_the_one_that_reaches_furthest_is_read_then_who_gave_fewest_heads() -> None:
     geometry = a_side(kv_heads=6).geometry
-    source = Side(geometry, (range(3), range(2, 6), range(1)))
-    reader = Side(geometry, (range(1, 6), range(1)))
+    source = Side(geometry, (range(2), range(4), range(2, 6)))
+    reader = Side(geometry, (range(6), range(1, 2), range(2, 3)))
     plan = plan_hand_over(source, reader)
-    assert written(plan) == Counter(
-        [(0, layer, head) for head in range(1, 6) for layer in range(2)] + [(1, 0, 0), (1, 1, 0)]
-    )
-    assert [(route.source_rank, route.source_heads) for route in plan.routes] == [
-        (0, range(1, 3)),
-        (1, range(1, 4)),
-        (2, range(1)),  # rank 0 has given two heads
+    heads = [(rank, head) for rank, held in enumerate(reader.rank_heads) for head in held]
+    assert written(plan) == Counter((rank, layer, head) for rank, head in heads for layer in range(2))
+    assert [(route.reader_rank, route.source_rank, route.source_heads) for route in plan.routes] == [
+        (0, 1, range(4)),
+        (0, 2, range(2, 4)),
+        (1, 0, range(1, 2)),  # rank 1 has given four heads, rank 0 none
+        (2, 2, range(1)),  # rank 1 has given four, rank 2 two
     ]
 
 

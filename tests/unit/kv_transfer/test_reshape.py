@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.core.ids import BlockId
+from baton.kv_transfer import reshape
 from baton.kv_transfer.cuts import Cut, brought, completed, next_source_parcel, tokens_of
 from baton.kv_transfer.plan import Side, plan_hand_over
 from baton.kv_transfer.reshape import ROUNDING, Held, carry_out
@@ -166,10 +167,12 @@ def test_chunk_by_chunk_each_wanted_token_lands_and_nothing_else_is_touched(
         reader_block=setting.reader.geometry.block_tokens,
     )
     announced: set[int] = set()
+    before = 0
     come: list[int] = []
     done: list[int] = []
     for computed in ends:
-        parcel = next_source_parcel(cut, wanted, announced, list(setting.there.table), computed)  # type: ignore[arg-type]
+        parcel = next_source_parcel(cut, wanted, list(setting.there.table), before, computed)  # type: ignore[arg-type]
+        before = computed
         runs = brought(cut, wanted, parcel.indices)
         only = Held(setting.there.pools, dict(zip(parcel.indices, parcel.blocks, strict=True)))  # all that is announced
         carry_out(plan_hand_over(setting.source, setting.reader), only, setting.here, runs)
@@ -207,6 +210,34 @@ def test_blocks_that_follow_each_other_move_in_one_copy_for_each_route(monkeypat
     carry_out(plan_hand_over(source, reader), row, here, (range(256),))
     assert copies == [(4, 4, 3, 2, 1, 16, 4)] * 2
     Setting(source, reader, setting.kv, row, here).check(list(range(256)))
+
+
+@pytest.mark.parametrize("most", [1, 1 << 11, 5000, 1 << 14])
+@pytest.mark.parametrize("blocks", [(16, 64), (64, 16), (16, 16)], ids=str)
+def test_what_is_converted_moves_in_small_parts(
+    monkeypatch: pytest.MonkeyPatch, blocks: tuple[int, int], most: int
+) -> None:
+    """A unit is 16 tokens x 3 layers x 2 x 4 numbers of float32, 1536 bytes; a large block four of them."""
+    monkeypatch.setattr(reshape, "_CONVERTED_BYTES", most)
+    copied: list[int] = []
+    copy = reshape._copy
+
+    def spy(source: reshape.Numbers, *rest: object) -> None:
+        copied.append(source.nbytes)
+        copy(source, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reshape, "_copy", spy)
+    source, reader = (a_side(1, 1, range(3), block, dtype) for block, dtype in zip(blocks, DTYPES, strict=False))
+    setting = Setting.of(source, reader, 640)
+    here, there = (
+        Held(held.pools, [BlockId(1 + at) for at in range(640 // block)])
+        for held, block in zip((setting.here, setting.there), blocks[::-1], strict=True)
+    )
+    write_by_token(there.pools, source, list(there.table), setting.kv, range(640))  # type: ignore[arg-type]
+    carry_out(plan_hand_over(source, reader), there, here, (range(16, 640),))
+    assert max(copied) <= max(most, 1536 * max(blocks) // min(blocks))
+    assert sum(copied) == 624 // 16 * 1536
+    Setting(source, reader, setting.kv, there, here).check(list(range(16, 640)))
 
 
 def test_equal_shapes_copy_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
