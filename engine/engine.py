@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..core.generations import Generations
 from ..core.tickets import Geometry
 from .kv_cache import KvCache
 from .ledger import Ledger, OutOfBlocks
@@ -41,7 +42,9 @@ class Engine:
         self.config: ModelConfig = model.config
         self.kv_cache = kv_cache
         self.geometry: Geometry = kv_cache.geometry
-        self.ledger = Ledger(kv_cache.num_blocks)
+        self.generations = Generations.create(kv_cache.num_blocks) if kv_cache.shared is not None else None
+        renew = self.generations.renew if self.generations is not None else None
+        self.ledger = Ledger(kv_cache.num_blocks, renew)
         self.prefix_cache = PrefixCache(self.ledger, self.geometry.block_tokens, self.geometry.fingerprint)
         self.max_model_len = max_model_len
         self.max_batch = max_batch
@@ -50,6 +53,7 @@ class Engine:
         self.executor: StepExecutor = own if followers is None else Leader(own, followers)
         self.rank_pools: tuple[Tensor, ...] = (kv_cache.pool,)  # [N, L, 2, G_r, P, D] of each rank
         self.rank_heads: tuple[range, ...] = (kv_cache.heads,)  # the KV heads in each
+        self.rank_handles: tuple[PoolHandle, ...] = () if kv_cache.shared is None else (kv_cache.shared.handle,)
 
     @classmethod
     def build(
@@ -64,12 +68,13 @@ class Engine:
         threads: int | None = None,
         progress: Callable[[int, int], None] | None = None,
         followers: Followers | None = None,
+        shared: bool = False,
     ) -> "Engine":
         """Load a model directory and make its pool; see `load_part`. followers: the ranks that hold the other parts,
         which are loaded with equal arguments; None: this one holds all."""
         communicator = None if followers is None else followers.communicator
         part = load_part(
-            model_dir, dtype, device, kv_bytes, block_tokens, max_model_len, threads, progress, communicator
+            model_dir, dtype, device, kv_bytes, block_tokens, max_model_len, threads, progress, communicator, shared
         )
         return cls(part.model, part.kv_cache, part.max_model_len, max_batch, followers)
 
@@ -78,3 +83,5 @@ class Engine:
         size, total = len(handles) + 1, self.geometry.num_kv_heads
         self.rank_pools = (self.kv_cache.pool, *(open_pool(handle, self.device) for handle in handles))
         self.rank_heads = tuple(Shard(rank, size).kv_heads(total) for rank in range(size))
+        if self.rank_handles:
+            self.rank_handles = (self.rank_handles[0], *handles)

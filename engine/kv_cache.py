@@ -20,7 +20,7 @@ class KvCache:
         heads: range | None = None,
         shared: bool = False,
     ) -> None:
-        """heads: the KV heads that this rank holds, of the geometry's; None: all. shared: rank 0 will open it."""
+        """heads: the KV heads that this rank holds, of the geometry's; None: all. shared: others will open it."""
         self.geometry = geometry
         self.heads = range(geometry.num_kv_heads) if heads is None else heads
         shape = (num_blocks, geometry.num_layers, 2, len(self.heads), geometry.block_tokens, geometry.head_size)

@@ -1,7 +1,7 @@
 """Who has each block of the KV pool."""
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from ..core.ids import BlockId, BlockKey
 
@@ -17,11 +17,13 @@ class Ledger:
     key, so its content may be wanted again; evicted when blocks are needed, the longest unused first. Free: neither.
     """
 
-    def __init__(self, num_blocks: int) -> None:
-        """All blocks free. Raises ValueError unless num_blocks is positive."""
+    def __init__(self, num_blocks: int, renew: Callable[[Sequence[BlockId]], None] | None = None) -> None:
+        """All blocks free. renew: told of blocks before their new holder is, so that whoever still reads them from
+        elsewhere notices. Raises ValueError unless num_blocks is positive."""
         if num_blocks < 1:
             raise ValueError(f"a ledger needs at least one block, not {num_blocks}")
         self.num_blocks = num_blocks
+        self._renew = renew
         self._free = deque(BlockId(index) for index in range(num_blocks))
         self._cached: OrderedDict[BlockId, None] = OrderedDict()  # longest unused first
         self._holders: dict[BlockId, int] = {}
@@ -55,6 +57,8 @@ class Ledger:
         blocks = [self._free.popleft() if self._free else self._evict() for _ in range(count)]
         for block in blocks:
             self._holders[block] = 1
+        if self._renew is not None:
+            self._renew(blocks)
         return blocks
 
     def hold(self, blocks: Iterable[BlockId]) -> None:

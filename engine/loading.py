@@ -40,12 +40,14 @@ def load_part(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     communicator: Communicator | None = None,
+    shared: bool = False,
 ) -> RankPart:
     """Load a rank's part of a model directory and make its pool.
 
     kv_bytes: of this rank, the same for all. max_model_len: tokens of prompt and answer; None: what the model's
     configuration says. threads: of torch on the CPU, for the whole process; None: as they are. progress: called with
-    (bytes done, bytes in all). communicator: with the other ranks; None: there are none. Raises ValueError where the
+    (bytes done, bytes in all). communicator: with the other ranks; None: there are none. shared: other processes of
+    this host may map the pool; that of another rank than the first they always may. Raises ValueError where the
     checkpoint can't be served or split so, kv_bytes hold no block, or nvcc fails.
     """
     if threads is not None:
@@ -73,4 +75,4 @@ def load_part(
     num_blocks = num_blocks_for(kv_bytes, geometry, heads)
     with torch.inference_mode():
         model = load_model(model_dir, config, dtype, device, progress, length, peers)
-        return RankPart(model, KvCache(num_blocks, geometry, device, heads, shared=peers.rank > 0), length)
+        return RankPart(model, KvCache(num_blocks, geometry, device, heads, shared=shared or peers.rank > 0), length)

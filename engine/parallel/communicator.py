@@ -4,15 +4,16 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ...core.segment import RankLost
 
-class RankLost(Exception):
-    """A rank of this worker died, or did not come to a meeting in time. The worker ends: the others are of no use."""
+__all__ = ["Communicator", "RankLost"]
 
 
 class Communicator(Protocol):
     """The meetings of `size` ranks. Every rank calls the same methods in the same order with tensors of equal shape.
 
-    Each raises RankLost where a peer is gone or late; after that, and after `close`, it is of no further use.
+    Each raises RankLost where a peer is gone or late; after that, and after `close`, it is of no further use. The
+    worker ends then: the other ranks are of no use.
     """
 
     @property

@@ -8,8 +8,8 @@ then the slots: 16 bytes of kind and length, then a frame; a long step takes sev
 import os
 import struct
 
+from ...core.segment import LINE, WORD, Doorbell, Fence, Segment
 from ..step_input import StepInput
-from .segment import LINE, WORD, Doorbell, Fence, Segment
 from .waiting import Ringer, Waiter
 
 _HEADER = struct.Struct("=QQ")  # kind, bytes that follow

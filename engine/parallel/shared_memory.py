@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .segment import LINE, Doorbell, Fence, Segment
+from ...core.segment import LINE, Doorbell, Fence, Segment
 from .waiting import Ringer, Waiter
 
 PLACE_BYTES = 256 << 10  # a rank's two places stay in its core's second-level cache

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import perf_counter
 
+from ...core.segment import Doorbell, Fence
 from .communicator import RankLost
-from .segment import Doorbell, Fence
 
 _LOOKS = 20  # between those at the clock
 _WAKE_S = 0.1  # where stores are seen in another order than here a doorbell may be missed: look again after this

@@ -1,43 +1,49 @@
-"""Memory that the ranks of one host share. It has no name in any folder, so nothing stays behind, whoever dies.
+"""Memory that processes of one host share. It has no name in any folder, so nothing stays behind, whoever dies.
 
 A segment is an anonymous file (memfd) of the rank that made it. The others open it through that rank's entry in /proc,
 which the kernel allows to processes of the same user; it is not bound by the size of /dev/shm, which containers keep
-small. Once opened it outlives its maker. A doorbell is a pipe that is opened the same way.
+small. Once opened it outlives its maker; its size is sealed, so that nobody's mapping ever ends in the air. A doorbell
+is a pipe that is opened the same way.
 
 Order: a counter is one aligned 8-byte word with one writer, stored after the bytes it speaks of were (`Fence`), and
 read before they are.
 """
 
+import fcntl
 import mmap
 import os
 from threading import Lock
-
-from .communicator import RankLost
 
 WORD = 8
 LINE = 64  # bytes of a cache line: words of different writers lie on different ones
 
 
+class RankLost(Exception):
+    """A rank that this one shares memory with died, or did not come to a meeting in time."""
+
+
 class Segment:
     """Zeros at first. Mapped for as long as anything refers to `shared`: a view, or a tensor over it."""
 
-    def __init__(self, file: int, address: str) -> None:
+    def __init__(self, file: int, address: str, *, writable: bool = True) -> None:
         """Takes over the descriptor."""
         self._file = file
         self.address = address  # for `open`, on this host, while the maker has not closed it
-        self.shared = mmap.mmap(file, os.fstat(file).st_size)
+        access = mmap.ACCESS_DEFAULT if writable else mmap.ACCESS_READ
+        self.shared = mmap.mmap(file, os.fstat(file).st_size, access=access)
 
     @classmethod
     def create(cls, num_bytes: int) -> "Segment":
-        file = os.memfd_create("baton", os.MFD_CLOEXEC)
+        file = os.memfd_create("baton", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.fchmod(file, 0o600)  # it begins as 0777
         os.truncate(file, num_bytes)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         return cls(file, _address(file))
 
     @classmethod
-    def open(cls, address: str) -> "Segment":
+    def open(cls, address: str, *, writable: bool = True) -> "Segment":
         """Raises RankLost where its maker is gone."""
-        return cls(_open(address, os.O_RDWR), address)
+        return cls(_open(address, os.O_RDWR if writable else os.O_RDONLY), address, writable=writable)
 
     def word(self, offset: int) -> memoryview:
         """An unsigned 8-byte word, at [0]."""
