@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import ray
 
 from ..core.errors import ConfigError
-from ..core.tickets import Piece
 from ..engine.memory import GPU_LEAST, GPU_WORKSPACE, kv_room, usable_bytes
 from ..observe import logs
 from ..worker.config import WorkerConfig
@@ -34,7 +33,8 @@ _FOLDERS = {"prefill": "prefill_worker", "decode": "decode_worker", "both": "col
 
 
 class RankActor:
-    """The step loop's process. `deliver` runs beside `run`, in a thread of its own, so calls keep their order."""
+    """The step loop's process. `deliver` and `greet` run beside `run`, each in a thread of its own, so calls keep their
+    order."""
 
     def __init__(
         self,
@@ -80,14 +80,18 @@ class RankActor:
         return min([own, *rooms])
 
     @ray.method(concurrency_group="inbox")
-    def deliver(self, message: object, handles: Sequence[object]) -> None:
+    def deliver(self, message: bytes, handles: Sequence[object]) -> None:
         """What a peer's rank tells this one: see kv_transfer/inbox.py."""
         from ..kv_transfer.inbox import deliver  # noqa: PLC0415
-        from ..kv_transfer.messages import Returned  # noqa: PLC0415
 
-        if not isinstance(message, Piece | Returned):
-            raise TypeError(f"no message of the transfer: {type(message).__name__}")
         deliver(self._inbox, message, handles)
+
+    @ray.method(concurrency_group="greet")
+    def greet(self, record: bytes) -> bytes:
+        """A peer's rank asks how KV can come to this one: see kv_transfer/inbox.py."""
+        from ..kv_transfer.inbox import greet  # noqa: PLC0415
+
+        return greet(self._inbox, record)
 
 
 class RayFollowers:

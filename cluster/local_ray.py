@@ -79,7 +79,9 @@ class RayGang:
         config = worker.config_of(epoch)
         remote: Any = ray.remote  # its stubs know no concurrency groups
         options = {"num_cpus": 0, "max_restarts": 0, "lifetime": "detached", "namespace": NAMESPACE}
-        rank = remote(num_gpus=worker.gpu_share, concurrency_groups={"inbox": 1}, **options)(actors.RankActor)
+        rank = remote(num_gpus=worker.gpu_share, concurrency_groups={"inbox": 1, "greet": 1}, **options)(
+            actors.RankActor
+        )
         follower = remote(num_gpus=worker.gpu_share, concurrency_groups={"gang": 1}, **options)(actors.FollowerActor)
         service = remote(max_concurrency=_SERVICE_CALLS, **options)(actors.ServiceActor)
         given = (config, worker.log, worker.log_level, worker.gpu_share, worker.rank_weight_bytes)

@@ -103,6 +103,17 @@ class LedgerDump:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How KV moves between a worker and another one."""
+
+    peer: str  # inbox of the other one's rank
+    transport: str  # what carries it now; empty: nothing can
+    reason: str = ""  # why it is not the fastest one; empty: it is
+    probed_gb_per_s: float = 0.0  # of the mapped pool, at the handshake; 0: not measured
+    stale_reads: int = 0  # pulls that found a block given to another holder meanwhile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerStatus:
     """What a worker says of itself to an operator."""
 
@@ -111,12 +122,23 @@ class WorkerStatus:
     role: str  # "prefill", "decode" or "both"
     model: str
     device: str
-    transport: str  # what carries KV between workers
+    transport: str  # what may carry KV between workers: "auto", or the one that is pinned
     geometry: Geometry
     load: Load
     steps: int = 0
     uptime_s: float = 0.0
     transfer_gb_per_s: float = 0.0  # measured over the last pulls; 0: none yet
+    ways: tuple[Way, ...] = ()  # to and from each worker that KV was exchanged with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carried:
+    """Pieces that one transport has brought here."""
+
+    transport: str
+    pieces: int
+    num_bytes: int
+    seconds: float  # of all these pulls, added up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,9 +151,7 @@ class Report:
     tokens: int = 0  # sampled
     prefill_tokens: int = 0  # prompt tokens computed
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
-    transfers: int = 0  # pieces pulled
-    transfer_bytes: int = 0
-    transfer_s: float = 0.0  # time those pulls took, added up
+    carried: tuple[Carried, ...] = ()  # pieces pulled, by transport
     load: Load = field(default_factory=Load)
     cached_blocks: int = 0
     held_blocks: int = 0

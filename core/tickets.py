@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .ids import Epoch, SequenceId, TicketId, WorkerId
+from .ids import BlockId, Epoch, SequenceId, TicketId, WorkerId
 
 KV_WIDTHS = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 """Bytes of one number of the KV, by dtype."""
@@ -56,7 +56,9 @@ class Piece:
     source_epoch: Epoch
     source_inbox: str  # where the source's rank takes the release
     blocks: tuple[int, ...]  # which prompt blocks, by index, rising
-    checksums: tuple[int, ...]  # one per block, bound to ticket and index: see kv_transfer/integrity.py
+    checksums: tuple[int, ...]  # one per block, bound to ticket and index: see kv_transfer/integrity.py; or none
     geometry: Geometry  # of the source
     last: bool = False  # nothing follows; the first token comes with it
     first_token: int | None = None
+    source_blocks: tuple[BlockId, ...] = ()  # where they lie in the source's pool, if that is mapped ...
+    generations: tuple[int, ...] = ()  # ... and their words as of the announcement: see core/generations.py

@@ -34,6 +34,5 @@ def run(
             rank.reporter,
             rank.limits,
             ticket_prefix=f"{config.worker_id}.{config.epoch}",
-            transport_name=rank.transport.name,
         )
         rank.run(role)

@@ -51,7 +51,6 @@ class DecodeRole:
         limits: Limits,
         *,
         ticket_prefix: str,
-        transport_name: str,
         now_ns: Callable[[], int] = time_ns,
     ) -> None:
         self._answers: Answering[LandingAnswer] = Answering(engine, batch, outbox, reporter, limits, now_ns)
@@ -61,7 +60,6 @@ class DecodeRole:
         self._outbox = outbox
         self._reporter = reporter
         self._ticket_prefix = ticket_prefix
-        self._transport_name = transport_name
         self._now_ns = now_ns
         self._numbers = count()
 
@@ -155,7 +153,7 @@ class DecodeRole:
         answer.ticket = None
         self._batch.landed(sequence, news.first_token)
         moved = news.reservation.moved
-        attributes = transfer_attributes(moved, self._transport_name, ticket.ticket_id)
+        attributes = transfer_attributes(moved, ticket.ticket_id)
         answer.decoding_ns = self._now_ns()
         self._reporter.part(answer, names.SPAN_TRANSFER, answer.first_piece_ns, answer.decoding_ns, attributes)
         self._reporter.transferred(moved)

@@ -5,11 +5,12 @@ The loop sleeps on `wakeup` beside its ring's doorbell, so a message is seen wit
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Lock
 
-from ..core.errors import Overloaded
-from .messages import Delivery, Message
+from ..core.errors import Overloaded, Unavailable
+from .encoding import decode
+from .messages import Delivery, Hello, PeerLost
 
 DEFAULT_BOUND = 4096
 
@@ -41,10 +42,11 @@ class Wakeup:
 
 
 class Inbox:
-    """First in, first out. Thread-safe. Holds at most `bound` messages."""
+    """First in, first out. Thread-safe. Holds at most `bound` messages, and word of each lost peer."""
 
     def __init__(self, bound: int = DEFAULT_BOUND) -> None:
         self.wakeup = Wakeup()
+        self.greeter: Callable[[bytes], bytes] | None = None  # the transport's answer to a handshake, once there is one
         self._bound = bound
         self._waiting: deque[Delivery] = deque()
         self._lock = Lock()
@@ -52,7 +54,7 @@ class Inbox:
     def put(self, delivery: Delivery) -> None:
         """Raises Overloaded when full: the sender learns that nothing was taken."""
         with self._lock:
-            if len(self._waiting) >= self._bound:
+            if len(self._waiting) >= self._bound and not isinstance(delivery.message, PeerLost):
                 raise Overloaded(f"the rank's inbox holds {self._bound} messages already")
             self._waiting.append(delivery)
         self.wakeup.ring()
@@ -65,6 +67,18 @@ class Inbox:
         return taken
 
 
-def deliver(inbox: Inbox, message: Message, handles: Sequence[object]) -> None:
-    """What a rank's actor does with one call of a peer, and all it does. Raises Overloaded when the inbox is full."""
-    inbox.put(Delivery(message, tuple(handles)))
+def deliver(inbox: Inbox, message: bytes, handles: Sequence[object]) -> None:
+    """What a rank's actor does with one call of a peer, and all it does. Raises Overloaded when the inbox is full,
+    Damaged for what is no whole message."""
+    decoded = decode(message)
+    if isinstance(decoded, Hello):
+        return  # belongs on a stream
+    inbox.put(Delivery(decoded, tuple(handles)))
+
+
+def greet(inbox: Inbox, record: bytes) -> bytes:
+    """What a rank's actor answers to a peer's handshake: see kv_transfer/capability.py. Raises Unavailable before the
+    rank has loaded."""
+    if inbox.greeter is None:
+        raise Unavailable("the rank has not loaded its model yet")
+    return inbox.greeter(record)

@@ -7,8 +7,10 @@ from threading import Lock
 from time import time_ns
 
 from ..core.errors import CorruptPiece, Overloaded, TransferFailed
+from ..core.frames import Way
 from ..core.ids import BlockId, TicketId
 from ..core.tickets import Piece
+from .encoding import encode
 from .inbox import Inbox, deliver
 from .integrity import Bytes
 from .messages import Delivery, Message, Returned
@@ -40,7 +42,7 @@ class Hub:
         if inbox is None:
             raise TransferFailed(f"no rank has the inbox {name!r}")
         try:
-            deliver(inbox, message, handles)
+            deliver(inbox, encode(message), handles)
         except Overloaded as full:
             raise TransferFailed(str(full)) from full
 
@@ -66,6 +68,7 @@ class LoopbackTransport:
     """See transport.py. `executor` runs the copies: threads for a service, a hand-cranked one for tests."""
 
     name = "loopback"
+    ways: Sequence[Way] = ()
 
     def __init__(self, hub: Hub, pool: Blocks, executor: Executor) -> None:
         self._hub = hub
@@ -107,7 +110,7 @@ class LoopbackTransport:
             raise
         with self._lock:
             self._kept.setdefault(piece.ticket_id, []).append(number)
-        return moved(data.nbytes, len(blocks), start)
+        return moved(self.name, data.nbytes, len(blocks), start)
 
     def _pull(self, delivery: Delivery, into: tuple[BlockId, ...]) -> Moved:
         piece, start = delivery.message, time_ns()
@@ -116,4 +119,4 @@ class LoopbackTransport:
             write_verified(self._pool, piece, self._hub.fetch(delivery.handles[0]), into)
         except CorruptPiece:
             write_verified(self._pool, piece, self._hub.fetch(delivery.handles[0]), into)
-        return moved(len(into) * self._pool.block_bytes, len(into), start)
+        return moved(self.name, len(into) * self._pool.block_bytes, len(into), start)

@@ -1,4 +1,4 @@
-"""What ranks tell each other beside a Piece: that lent blocks may go back."""
+"""What ranks tell each other beside a Piece, and what a transport tells its own rank."""
 
 from dataclasses import dataclass
 
@@ -20,12 +20,28 @@ class Returned:
     error_message: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Source to reader, first on a stream: whose it is. `token` came with the reader's answer to the handshake."""
+
+    token: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """A transport to its own rank: the stream with this peer has closed. Nothing more comes from it, and what it was
+    promised it does not read any more. Never on the wire."""
+
+    inbox: str  # the peer's
+
+
 Message = Piece | Returned
+"""What a peer's rank may tell."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
     """A message in an inbox. `handles` are the transport's own (for the object store: one ref, or none)."""
 
-    message: Message
+    message: Message | PeerLost
     handles: tuple[object, ...] = ()

@@ -18,15 +18,15 @@ import ray
 from ray.exceptions import RayError
 
 from ..core.errors import CorruptPiece, TransferFailed
+from ..core.frames import Way
 from ..core.ids import BlockId, TicketId
 from ..core.tickets import Piece
+from .encoding import encode
 from .integrity import Bytes
-from .messages import Delivery, Message, Returned
+from .messages import Delivery, Returned
 from .pool import Blocks
+from .ray_ranks import RayRanks, short
 from .transport import Moved, moved, read, write_verified
-
-NAMESPACE = "baton"
-"""Ranks are named actors of this Ray namespace; an actor's name is its inbox, its method `deliver` takes a message."""
 
 _ANNOUNCE_S = 20.0
 _READ_S = 30.0
@@ -39,13 +39,16 @@ class RayStoreTransport:
     """See transport.py. Needs a process that is connected to Ray."""
 
     name = "ray_store"
+    ways: Sequence[Way] = ()
 
-    def __init__(self, pool: Blocks) -> None:
+    def __init__(self, pool: Blocks, *, ranks: RayRanks | None = None, checked: bool = True) -> None:
+        """checked: what is offered gets checksums."""
         self._pool = pool
+        self._ranks = RayRanks() if ranks is None else ranks
+        self._checked = checked
         self._offers = ThreadPoolExecutor(_THREADS, thread_name_prefix="kv-offer")
         self._pulls = ThreadPoolExecutor(_THREADS, thread_name_prefix="kv-pull")
         self._tells = ThreadPoolExecutor(1, thread_name_prefix="kv-tell")
-        self._actors: dict[str, Any] = {}
         self._kept: dict[TicketId, list[Any]] = {}
         self._lock = Lock()
 
@@ -76,15 +79,15 @@ class RayStoreTransport:
 
     def _offer(self, piece: Piece, blocks: tuple[BlockId, ...], reader: str) -> Moved:
         start = time_ns()
-        piece, data = read(self._pool, piece, blocks)
+        piece, data = read(self._pool, piece, blocks, checked=self._checked)
         try:
             refs = [ray.put(data)] if blocks else []
-            self._send(reader, piece, refs)
+            self._ranks.deliver(reader, encode(piece), refs, _ANNOUNCE_S)
         except (RayError, ValueError) as error:
-            raise TransferFailed(f"the decode worker's rank did not take the KV: {_short(error)}") from None
+            raise TransferFailed(f"the decode worker's rank did not take the KV: {short(error)}") from None
         with self._lock:
             self._kept.setdefault(piece.ticket_id, []).extend(refs)
-        return moved(data.nbytes, len(blocks), start)
+        return moved(self.name, data.nbytes, len(blocks), start)
 
     def _pull(self, delivery: Delivery, into: tuple[BlockId, ...]) -> Moved:
         piece, start = delivery.message, time_ns()
@@ -94,7 +97,7 @@ class RayStoreTransport:
         except CorruptPiece:
             _log.warning("a piece of ticket %s arrived damaged, reading it again", piece.ticket_id)
             write_verified(self._pool, piece, self._fetch(delivery), into)
-        return moved(len(into) * self._pool.block_bytes, len(into), start)
+        return moved(self.name, len(into) * self._pool.block_bytes, len(into), start)
 
     def _fetch(self, delivery: Delivery) -> Bytes:
         if not delivery.handles:
@@ -103,34 +106,12 @@ class RayStoreTransport:
             ref: Any = delivery.handles[0]
             data: Bytes = ray.get(ref, timeout=_READ_S)
         except (RayError, TimeoutError) as error:
-            raise TransferFailed(f"the KV could not be read from its source: {_short(error)}") from None
+            raise TransferFailed(f"the KV could not be read from its source: {short(error)}") from None
         return data
 
     def _tell(self, inbox: str, message: Returned) -> None:
         try:
             # Not waited for: a peer that hangs would delay what others are told.
-            self._actor(inbox).deliver.remote(message, [])
+            self._ranks.deliver(inbox, encode(message), [], None)
         except (RayError, ValueError) as error:
-            _log.info("rank %s was not told of ticket %s: %s", inbox, message.ticket_id, _short(error))
-
-    def _send(self, inbox: str, message: Message, refs: list[Any]) -> None:
-        """Raises RayError (the actor is gone, late, or its inbox full) or ValueError (no actor of that name)."""
-        try:
-            ray.get(self._actor(inbox).deliver.remote(message, refs), timeout=_ANNOUNCE_S)
-        except RayError:
-            with self._lock:
-                self._actors.pop(inbox, None)  # gone, so its handle is of no more use: an inbox is one life's
-            raise
-
-    def _actor(self, inbox: str) -> Any:
-        with self._lock:
-            actor = self._actors.get(inbox)
-        if actor is None:
-            actor = ray.get_actor(inbox, namespace=NAMESPACE)
-            with self._lock:
-                self._actors[inbox] = actor
-        return actor
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"
+            _log.info("rank %s was not told of ticket %s: %s", inbox, message.ticket_id, short(error))

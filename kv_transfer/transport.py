@@ -11,6 +11,7 @@ from time import time_ns
 from typing import Protocol
 
 from ..core.errors import CorruptPiece
+from ..core.frames import Way
 from ..core.ids import BlockId, TicketId
 from ..core.tickets import Piece
 from .integrity import Bytes, bad_blocks, checksums
@@ -22,6 +23,7 @@ from .pool import Blocks
 class Moved:
     """What one finished offer or pull did. Times are Unix nanoseconds."""
 
+    transport: str  # what carried the bytes
     num_bytes: int
     num_blocks: int
     start_ns: int
@@ -35,6 +37,10 @@ class Transport(Protocol):
     """
 
     name: str
+
+    @property
+    def ways(self) -> Sequence[Way]:
+        """How KV moves to and from each peer that was met, for the status."""
 
     def offer(self, piece: Piece, blocks: Sequence[BlockId], reader: str) -> "Future[Moved]":
         """Source side: make the blocks readable, fill in the piece's checksums and announce it at the inbox `reader`.
@@ -63,10 +69,10 @@ class Transport(Protocol):
         """Objects of the transport that still keep offered bytes, for the ledger dump."""
 
 
-def read(pool: Blocks, piece: Piece, blocks: Sequence[BlockId]) -> tuple[Piece, Bytes]:
-    """The bytes of an offer, [n, B] u8, and the piece with its checksums."""
+def read(pool: Blocks, piece: Piece, blocks: Sequence[BlockId], *, checked: bool = True) -> tuple[Piece, Bytes]:
+    """The bytes of an offer, [n, B] u8, and the piece with its checksums, if it shall have them."""
     data = pool.gather(blocks)
-    return replace(piece, checksums=checksums(piece.ticket_id, piece.blocks, data)), data
+    return replace(piece, checksums=checksums(piece.ticket_id, piece.blocks, data) if checked else ()), data
 
 
 def write_verified(pool: Blocks, piece: Piece, data: Bytes, into: Sequence[BlockId]) -> None:
@@ -78,5 +84,5 @@ def write_verified(pool: Blocks, piece: Piece, data: Bytes, into: Sequence[Block
         pool.scatter(into, data)
 
 
-def moved(num_bytes: int, num_blocks: int, start_ns: int) -> Moved:
-    return Moved(num_bytes=num_bytes, num_blocks=num_blocks, start_ns=start_ns, end_ns=time_ns())
+def moved(transport: str, num_bytes: int, num_blocks: int, start_ns: int) -> Moved:
+    return Moved(transport=transport, num_bytes=num_bytes, num_blocks=num_blocks, start_ns=start_ns, end_ns=time_ns())

@@ -92,9 +92,10 @@ class WorkerMetrics:
             registry=registry,
         )
         self._swapped = Counter(names.WORKER_SWAP_BYTES, "Bytes to and from host memory.", registry=registry)
-        self._transfers = Counter(names.WORKER_TRANSFERS, "Pieces pulled.", registry=registry)
-        self._bytes = Counter(names.WORKER_TRANSFER_BYTES, "Bytes pulled.", registry=registry)
-        self._seconds = Counter(names.WORKER_TRANSFER_SECONDS, "Time spent in pulls.", registry=registry)
+        by = ["transport"]
+        self._transfers = Counter(names.WORKER_TRANSFERS, "Pieces pulled.", by, registry=registry)
+        self._bytes = Counter(names.WORKER_TRANSFER_BYTES, "Bytes pulled.", by, registry=registry)
+        self._seconds = Counter(names.WORKER_TRANSFER_SECONDS, "Time spent in pulls.", by, registry=registry)
         self._rate = Gauge(names.WORKER_TRANSFER_RATE, "GB/s of the latest reported pulls.", registry=registry)
 
     def observe(self, report: Report) -> None:
@@ -109,11 +110,13 @@ class WorkerMetrics:
             self._preemptions.labels(kind).inc(sequences)
         self._swapped.inc(report.swap_bytes)
         self._unused.set(report.unused_slots)
-        self._transfers.inc(report.transfers)
-        self._bytes.inc(report.transfer_bytes)
-        self._seconds.inc(report.transfer_s)
-        if report.transfer_s > 0:
-            self._rate.set(report.transfer_bytes / report.transfer_s / 1e9)
+        for one in report.carried:
+            self._transfers.labels(one.transport).inc(one.pieces)
+            self._bytes.labels(one.transport).inc(one.num_bytes)
+            self._seconds.labels(one.transport).inc(one.seconds)
+        seconds = sum(one.seconds for one in report.carried)
+        if seconds > 0:
+            self._rate.set(sum(one.num_bytes for one in report.carried) / seconds / 1e9)
         load = report.load
         self._sequences.labels("running").set(load.running)
         self._sequences.labels("waiting").set(load.waiting)

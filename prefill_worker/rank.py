@@ -33,6 +33,5 @@ def run(
             rank.reporter,
             rank.limits,
             ticket_timeout_s=config.handover_timeout_s,
-            transport_name=rank.transport.name,
         )
         rank.run(role)

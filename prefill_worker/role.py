@@ -56,7 +56,6 @@ class PrefillRole:
         limits: Limits,
         *,
         ticket_timeout_s: float,
-        transport_name: str,
         now_ns: Callable[[], int] = time_ns,
     ) -> None:
         self._ledger = engine.ledger
@@ -67,7 +66,6 @@ class PrefillRole:
         self._outbox = outbox
         self._reporter = reporter
         self._ticket_timeout_s = ticket_timeout_s
-        self._transport_name = transport_name
         self._now_ns = now_ns
         self._roster: Roster[Prompt] = Roster(limits)
 
@@ -235,7 +233,7 @@ class PrefillRole:
         self._outbox.ended(prompt.link, ended)
 
     def _report_offer(self, prompt: Prompt, loan: Loan) -> None:
-        attributes = transfer_attributes(loan.moved, self._transport_name, loan.ticket.ticket_id)
+        attributes = transfer_attributes(loan.moved, loan.ticket.ticket_id)
         self._reporter.part(prompt, names.SPAN_OFFER, prompt.offered_ns, self._now_ns(), attributes)
 
     def _of(self, sequence: Sequence) -> Prompt:

@@ -80,7 +80,6 @@ class Worker:
                 reporter,
                 limits,
                 ticket_timeout_s=HANDOVER_S,
-                transport_name="loopback",
             )
         elif name.startswith("B"):
             self.role = ColocatedRole(engine, batch, outbox, reporter, limits)
@@ -94,9 +93,7 @@ class Worker:
                 timeout_s=HANDOVER_S,
                 wake=wake,
             )
-            self.role = DecodeRole(
-                engine, batch, landing, outbox, reporter, limits, ticket_prefix=f"{name}.1", transport_name="loopback"
-            )
+            self.role = DecodeRole(engine, batch, landing, outbox, reporter, limits, ticket_prefix=f"{name}.1")
         status = WorkerStatus(
             worker_id=identity.worker_id,
             epoch=identity.epoch,

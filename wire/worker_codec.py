@@ -83,10 +83,21 @@ def encode_status(status: f.WorkerStatus) -> worker_pb2.GetStatusResponse:
         steps=status.steps,
         uptime_s=status.uptime_s,
         transfer_gb_per_s=status.transfer_gb_per_s,
+        ways=[
+            worker_pb2.Way(
+                peer=way.peer,
+                transport=way.transport,
+                reason=way.reason,
+                probed_gb_per_s=way.probed_gb_per_s,
+                stale_reads=way.stale_reads,
+            )
+            for way in status.ways
+        ],
     )
 
 
 def decode_status(message: worker_pb2.GetStatusResponse) -> f.WorkerStatus:
+    bounds.count(message.ways, "ways")
     return f.WorkerStatus(
         worker_id=WorkerId(bounds.identifier(message.worker_id, "worker_id")),
         epoch=decode_epoch(message.epoch),
@@ -99,6 +110,17 @@ def decode_status(message: worker_pb2.GetStatusResponse) -> f.WorkerStatus:
         steps=message.steps,
         uptime_s=bounds.number(message.uptime_s, "uptime_s"),
         transfer_gb_per_s=bounds.number(message.transfer_gb_per_s, "transfer_gb_per_s"),
+        ways=tuple(_way(way) for way in message.ways),
+    )
+
+
+def _way(message: worker_pb2.Way) -> f.Way:
+    return f.Way(
+        peer=bounds.identifier(message.peer, "peer"),
+        transport=bounds.text(message.transport, "transport", bounds.MAX_ID_BYTES),
+        reason=bounds.text(message.reason, "reason"),
+        probed_gb_per_s=bounds.number(message.probed_gb_per_s, "probed_gb_per_s"),
+        stale_reads=message.stale_reads,
     )
 
 
@@ -121,9 +143,10 @@ def report_to_bytes(report: f.Report) -> bytes:
         tokens=report.tokens,
         prefill_tokens=report.prefill_tokens,
         cached_tokens=report.cached_tokens,
-        transfers=report.transfers,
-        transfer_bytes=report.transfer_bytes,
-        transfer_s=report.transfer_s,
+        carried=[
+            report_pb2.Carried(transport=one.transport, pieces=one.pieces, bytes=one.num_bytes, seconds=one.seconds)
+            for one in report.carried
+        ],
         load=encode_load(report.load),
         cached_blocks=report.cached_blocks,
         held_blocks=report.held_blocks,
@@ -139,6 +162,7 @@ def report_from_bytes(data: bytes) -> f.Report:
     message = parse(report_pb2.Report, data)
     bounds.count(message.parts, "parts")
     bounds.count(message.step_s, "step_s")
+    bounds.count(message.carried, "carried")
     if len(message.batch_sizes) != len(message.step_s):
         raise InvalidRequest("batch_sizes and step_s must be as many")
     return f.Report(
@@ -148,9 +172,7 @@ def report_from_bytes(data: bytes) -> f.Report:
         tokens=message.tokens,
         prefill_tokens=message.prefill_tokens,
         cached_tokens=message.cached_tokens,
-        transfers=message.transfers,
-        transfer_bytes=message.transfer_bytes,
-        transfer_s=bounds.number(message.transfer_s, "transfer_s"),
+        carried=tuple(_decode_carried(one) for one in message.carried),
         load=decode_load(message.load),
         cached_blocks=message.cached_blocks,
         held_blocks=message.held_blocks,
@@ -159,6 +181,15 @@ def report_from_bytes(data: bytes) -> f.Report:
         preempted_recompute=message.preempted_recompute,
         swap_bytes=message.swap_bytes,
         unused_slots=message.unused_slots,
+    )
+
+
+def _decode_carried(message: report_pb2.Carried) -> f.Carried:
+    return f.Carried(
+        transport=bounds.identifier(message.transport, "transport"),
+        pieces=message.pieces,
+        num_bytes=message.bytes,
+        seconds=bounds.number(message.seconds, "seconds"),
     )
 
 

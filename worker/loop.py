@@ -211,6 +211,7 @@ class StepLoop:
             steps=self._reporter.steps,
             uptime_s=self._clock() - self._started,
             transfer_gb_per_s=self._reporter.gb_per_s(),
+            ways=tuple(self._transport.ways),
         )
 
 

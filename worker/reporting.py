@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from ..core.frames import Report
+from ..core.frames import Carried, Report
 from ..core.request import Load, TimedPart
 from ..engine.preemption import PreemptionCounts
 from ..engine.step_result import StepResult
@@ -93,9 +93,7 @@ class Reporter:
             tokens=self._tokens,
             prefill_tokens=self._prefill_tokens,
             cached_tokens=self._cached_tokens,
-            transfers=len(self._moved),
-            transfer_bytes=sum(one.num_bytes for one in self._moved),
-            transfer_s=sum(one.end_ns - one.start_ns for one in self._moved) / 1e9,
+            carried=carried(self._moved),
             load=load,
             cached_blocks=cached_blocks,
             held_blocks=held_blocks,
@@ -122,7 +120,22 @@ class Reporter:
         return bool(self._parts or self._steps or self._moved) or not told
 
 
-def transfer_attributes(moved: list[Moved], transport: str, ticket_id: str) -> Attributes:
+def carried(moved: list[Moved]) -> tuple[Carried, ...]:
+    """By transport."""
+    kinds = sorted({one.transport for one in moved})
+    parts = {kind: [one for one in moved if one.transport == kind] for kind in kinds}
+    return tuple(
+        Carried(
+            transport=kind,
+            pieces=len(part),
+            num_bytes=sum(one.num_bytes for one in part),
+            seconds=sum(one.end_ns - one.start_ns for one in part) / 1e9,
+        )
+        for kind, part in parts.items()
+    )
+
+
+def transfer_attributes(moved: list[Moved], ticket_id: str) -> Attributes:
     """What a span tells of the pieces it covers."""
     num_bytes = sum(one.num_bytes for one in moved)
     nanoseconds = sum(one.end_ns - one.start_ns for one in moved)
@@ -132,5 +145,5 @@ def transfer_attributes(moved: list[Moved], transport: str, ticket_id: str) -> A
         (names.TRANSFER_BLOCKS, sum(one.num_blocks for one in moved)),
         (names.TRANSFER_PIECES, len(moved)),
         (names.TRANSFER_GB_PER_S, num_bytes / nanoseconds if nanoseconds else 0.0),
-        (names.TRANSFER_TRANSPORT, transport),
+        (names.TRANSFER_TRANSPORT, "+".join(sorted({one.transport for one in moved}))),
     )

@@ -13,7 +13,8 @@ from baton.core.ids import Epoch, SequenceId, TicketId
 from baton.kv_transfer.inbox import Inbox, deliver
 from baton.kv_transfer.messages import Returned
 from baton.kv_transfer.pool import BlockPool
-from baton.kv_transfer.ray_store import NAMESPACE, RayStoreTransport
+from baton.kv_transfer.ray_ranks import NAMESPACE
+from baton.kv_transfer.ray_store import RayStoreTransport
 
 from .transport_contract import End, TransportContract, fresh_pool
 

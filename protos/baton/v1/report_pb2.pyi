@@ -8,16 +8,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Report(_message.Message):
-    __slots__ = ("parts", "batch_sizes", "step_s", "tokens", "prefill_tokens", "cached_tokens", "transfers", "transfer_bytes", "transfer_s", "load", "cached_blocks", "held_blocks", "lent_blocks", "preempted_swap", "preempted_recompute", "swap_bytes", "unused_slots")
+    __slots__ = ("parts", "batch_sizes", "step_s", "tokens", "prefill_tokens", "cached_tokens", "load", "cached_blocks", "held_blocks", "lent_blocks", "preempted_swap", "preempted_recompute", "swap_bytes", "unused_slots", "carried")
     PARTS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZES_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
-    TRANSFER_BYTES_FIELD_NUMBER: _ClassVar[int]
-    TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HELD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -26,15 +23,13 @@ class Report(_message.Message):
     PREEMPTED_RECOMPUTE_FIELD_NUMBER: _ClassVar[int]
     SWAP_BYTES_FIELD_NUMBER: _ClassVar[int]
     UNUSED_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    CARRIED_FIELD_NUMBER: _ClassVar[int]
     parts: _containers.RepeatedCompositeFieldContainer[TimedPart]
     batch_sizes: _containers.RepeatedScalarFieldContainer[int]
     step_s: _containers.RepeatedScalarFieldContainer[float]
     tokens: int
     prefill_tokens: int
     cached_tokens: int
-    transfers: int
-    transfer_bytes: int
-    transfer_s: float
     load: _link_pb2.Load
     cached_blocks: int
     held_blocks: int
@@ -43,7 +38,20 @@ class Report(_message.Message):
     preempted_recompute: int
     swap_bytes: int
     unused_slots: int
-    def __init__(self, parts: _Optional[_Iterable[_Union[TimedPart, _Mapping]]] = ..., batch_sizes: _Optional[_Iterable[int]] = ..., step_s: _Optional[_Iterable[float]] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., transfers: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., lent_blocks: _Optional[int] = ..., preempted_swap: _Optional[int] = ..., preempted_recompute: _Optional[int] = ..., swap_bytes: _Optional[int] = ..., unused_slots: _Optional[int] = ...) -> None: ...
+    carried: _containers.RepeatedCompositeFieldContainer[Carried]
+    def __init__(self, parts: _Optional[_Iterable[_Union[TimedPart, _Mapping]]] = ..., batch_sizes: _Optional[_Iterable[int]] = ..., step_s: _Optional[_Iterable[float]] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., lent_blocks: _Optional[int] = ..., preempted_swap: _Optional[int] = ..., preempted_recompute: _Optional[int] = ..., swap_bytes: _Optional[int] = ..., unused_slots: _Optional[int] = ..., carried: _Optional[_Iterable[_Union[Carried, _Mapping]]] = ...) -> None: ...
+
+class Carried(_message.Message):
+    __slots__ = ("transport", "pieces", "bytes", "seconds")
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    PIECES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    transport: str
+    pieces: int
+    bytes: int
+    seconds: float
+    def __init__(self, transport: _Optional[str] = ..., pieces: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class TimedPart(_message.Message):
     __slots__ = ("sequence_id", "name", "traceparent", "start_ns", "end_ns", "attributes")

@@ -69,7 +69,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("worker_id", "epoch", "role", "model", "device", "transport", "geometry", "load", "steps", "uptime_s", "transfer_gb_per_s")
+    __slots__ = ("worker_id", "epoch", "role", "model", "device", "transport", "geometry", "load", "steps", "uptime_s", "transfer_gb_per_s", "ways")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +81,7 @@ class GetStatusResponse(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_GB_PER_S_FIELD_NUMBER: _ClassVar[int]
+    WAYS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     epoch: int
     role: str
@@ -92,4 +93,19 @@ class GetStatusResponse(_message.Message):
     steps: int
     uptime_s: float
     transfer_gb_per_s: float
-    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., device: _Optional[str] = ..., transport: _Optional[str] = ..., geometry: _Optional[_Union[_kv_pb2.Geometry, _Mapping]] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., steps: _Optional[int] = ..., uptime_s: _Optional[float] = ..., transfer_gb_per_s: _Optional[float] = ...) -> None: ...
+    ways: _containers.RepeatedCompositeFieldContainer[Way]
+    def __init__(self, worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., device: _Optional[str] = ..., transport: _Optional[str] = ..., geometry: _Optional[_Union[_kv_pb2.Geometry, _Mapping]] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., steps: _Optional[int] = ..., uptime_s: _Optional[float] = ..., transfer_gb_per_s: _Optional[float] = ..., ways: _Optional[_Iterable[_Union[Way, _Mapping]]] = ...) -> None: ...
+
+class Way(_message.Message):
+    __slots__ = ("peer", "transport", "reason", "probed_gb_per_s", "stale_reads")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PROBED_GB_PER_S_FIELD_NUMBER: _ClassVar[int]
+    STALE_READS_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    transport: str
+    reason: str
+    probed_gb_per_s: float
+    stale_reads: int
+    def __init__(self, peer: _Optional[str] = ..., transport: _Optional[str] = ..., reason: _Optional[str] = ..., probed_gb_per_s: _Optional[float] = ..., stale_reads: _Optional[int] = ...) -> None: ...

@@ -5,6 +5,7 @@ import pytest
 
 from baton.core.errors import Overloaded
 from baton.core.ids import Epoch, SequenceId, TicketId
+from baton.kv_transfer.encoding import encode
 from baton.kv_transfer.inbox import Inbox, Wakeup, deliver
 from baton.kv_transfer.messages import Returned
 
@@ -15,19 +16,22 @@ def message(number: int) -> Returned:
 
 def test_messages_come_out_in_order_with_their_handles() -> None:
     inbox = Inbox()
-    deliver(inbox, message(1), ["ref"])
-    deliver(inbox, message(2), [])
-    assert [(item.message.ticket_id, item.handles) for item in inbox.drain()] == [("1", ("ref",)), ("2", ())]
+    deliver(inbox, encode(message(1)), ["ref"])
+    deliver(inbox, encode(message(2)), [])
+    assert [(getattr(item.message, "ticket_id", None), item.handles) for item in inbox.drain()] == [
+        ("1", ("ref",)),
+        ("2", ()),
+    ]
     assert inbox.drain() == []
 
 
 def test_a_full_inbox_says_so_and_takes_nothing() -> None:
     inbox = Inbox(bound=1)
-    deliver(inbox, message(1), [])
+    deliver(inbox, encode(message(1)), [])
     with pytest.raises(Overloaded):
-        deliver(inbox, message(2), [])
+        deliver(inbox, encode(message(2)), [])
     assert len(inbox.drain()) == 1
-    deliver(inbox, message(3), [])
+    deliver(inbox, encode(message(3)), [])
 
 
 def test_a_message_of_another_thread_wakes_a_sleeper() -> None:
@@ -35,7 +39,7 @@ def test_a_message_of_another_thread_wakes_a_sleeper() -> None:
     poll = select.poll()
     poll.register(inbox.wakeup.fd, select.POLLIN)
     assert poll.poll(0) == []
-    thread = Thread(target=deliver, args=(inbox, message(1), []))
+    thread = Thread(target=deliver, args=(inbox, encode(message(1)), []))
     thread.start()
     assert poll.poll(30_000)
     thread.join()

@@ -4,7 +4,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from baton.core.errors import ConfigError
-from baton.core.frames import Report
+from baton.core.frames import Carried, Report
 from baton.core.request import Load
 from baton.observe import metrics, names
 from baton.observe.metrics import RouterMetrics, WorkerMetrics
@@ -55,9 +55,10 @@ def test_a_worker_adds_its_reports_up_and_shows_the_latest_gauges() -> None:
         tokens=4,
         prefill_tokens=50,
         cached_tokens=16,
-        transfers=2,
-        transfer_bytes=3_000_000_000,
-        transfer_s=1.5,
+        carried=(
+            Carried(transport="mapped", pieces=2, num_bytes=3_000_000_000, seconds=1.0),
+            Carried(transport="ray_store", pieces=1, num_bytes=1_000_000_000, seconds=1.0),
+        ),
         load=Load(running=3, waiting=2, waiting_tokens=70, free_blocks=90, total_blocks=100),
         cached_blocks=20,
         held_blocks=10,
@@ -82,9 +83,10 @@ def test_a_worker_adds_its_reports_up_and_shows_the_latest_gauges() -> None:
     assert value(registry, names.WORKER_PREEMPTIONS, kind="recompute") == 4
     assert value(registry, names.WORKER_SWAP_BYTES) == 2000
     assert value(registry, names.WORKER_UNUSED_SLOTS) == 0
-    assert value(registry, names.WORKER_TRANSFERS) == 4
-    assert value(registry, names.WORKER_TRANSFER_BYTES) == 6_000_000_000
-    assert value(registry, names.WORKER_TRANSFER_SECONDS) == 3
+    assert value(registry, names.WORKER_TRANSFERS, transport="mapped") == 4
+    assert value(registry, names.WORKER_TRANSFERS, transport="ray_store") == 2
+    assert value(registry, names.WORKER_TRANSFER_BYTES, transport="mapped") == 6_000_000_000
+    assert value(registry, names.WORKER_TRANSFER_SECONDS, transport="ray_store") == 2
     assert value(registry, names.WORKER_TRANSFER_RATE) == 2  # of the last report that had a transfer
     assert value(registry, names.WORKER_SEQUENCES, state="running") == 1
     assert value(registry, names.WORKER_SEQUENCES, state="waiting") == 0

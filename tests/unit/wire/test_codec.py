@@ -175,6 +175,9 @@ STATUSES = st.builds(
     steps=U64,
     uptime_s=SECONDS,
     transfer_gb_per_s=SECONDS,
+    ways=st.lists(
+        st.builds(f.Way, peer=IDS, transport=IDS, reason=TEXTS, probed_gb_per_s=SECONDS, stale_reads=U64), max_size=2
+    ).map(tuple),
 )
 VALUES = st.one_of(st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False), TEXTS)
 PARTS = st.builds(
@@ -187,6 +190,8 @@ PARTS = st.builds(
     attributes=st.lists(st.tuples(IDS, VALUES), max_size=3).map(tuple),
 )
 
+CARRIED = st.builds(f.Carried, transport=IDS, pieces=U64, num_bytes=U64, seconds=SECONDS)
+
 
 @st.composite
 def reports(draw: st.DrawFn) -> f.Report:
@@ -198,9 +203,7 @@ def reports(draw: st.DrawFn) -> f.Report:
         tokens=draw(U64),
         prefill_tokens=draw(U64),
         cached_tokens=draw(U64),
-        transfers=draw(U64),
-        transfer_bytes=draw(U64),
-        transfer_s=draw(SECONDS),
+        carried=tuple(draw(st.lists(CARRIED, max_size=2))),
         load=draw(LOADS),
         cached_blocks=draw(U32),
         held_blocks=draw(U32),
@@ -437,7 +440,7 @@ def test_an_empty_command_and_too_many_commands_are_refused() -> None:
     [
         report_pb2.Report(batch_sizes=[1, 2], step_s=[0.1]).SerializeToString(),
         report_pb2.Report(batch_sizes=[1], step_s=[math.nan]).SerializeToString(),
-        report_pb2.Report(transfer_s=-1).SerializeToString(),
+        report_pb2.Report(carried=[report_pb2.Carried(transport="t", seconds=-1)]).SerializeToString(),
         report_pb2.Report(parts=[{"sequence_id": "s", "name": "n", "attributes": [{"key": "k"}]}]).SerializeToString(),
         b"\xff" * 8,
     ],
