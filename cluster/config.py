@@ -17,6 +17,7 @@ from .units import parse_choice, parse_int, parse_port, parse_size, parse_text
 DEFAULT_ADDRESS = "127.0.0.1:50051"  # of the router, where a cluster is asked
 DEFAULT_FILE = "baton.yaml"
 PREFIX = "BATON_"
+TRANSPORTS = ("auto", "mapped", "ray_store")  # those of kv_transfer/capability.py, which loads too much for a --help
 # Variables that other commands and processes of ours read.
 _OTHER_VARIABLES = frozenset({"BATON_ADDRESS", "BATON_API_KEY", "BATON_CONFIG"})
 
@@ -38,6 +39,8 @@ class ServeConfig:
     step_tokens: int = 512
     policy: str = DEFAULT_POLICY
     block_tokens: int = 16
+    transport: str = "auto"
+    kv_checksums: bool = True
     dtype: str = "auto"
     device: str = "auto"
     threads: int = 1  # of each rank: more than the machine has cores makes each step several times slower
@@ -105,6 +108,12 @@ def _one_of(*choices: str) -> Callable[[str, object], str]:
     return partial(parse_choice, choices=choices)
 
 
+def _switch(name: str, text: object) -> bool:
+    if isinstance(text, bool):  # YAML reads on and off so
+        return text
+    return parse_choice(name, text, choices=("on", "off")) == "on"
+
+
 def _keys(name: str, text: object) -> tuple[str, ...]:
     keys = tuple(key.strip() for key in str(text).split(",") if key.strip())
     if not keys:
@@ -132,6 +141,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("step_tokens", _count(16, 65536), "tokens of one step, prompts' among them (default: 512)", "N"),
     Setting("policy", _one_of(*POLICIES), f"who goes first: {', '.join(POLICIES)} (default: {DEFAULT_POLICY})", "NAME"),
     Setting("block_tokens", _block_tokens, "tokens of one KV block, a multiple of 16 (default: 16)", "N"),
+    Setting(
+        "transport",
+        _one_of(*TRANSPORTS),
+        "what carries KV between workers: auto (mapped where possible), mapped or ray_store",
+        "NAME",
+    ),
+    Setting("kv_checksums", _switch, "on or off: check KV that came from another worker (default: on)", "ON|OFF"),
     Setting(
         "dtype",
         _one_of("auto", "bfloat16", "float32"),

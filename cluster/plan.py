@@ -74,6 +74,8 @@ class ClusterPlan:
                     tp=config.tp,
                     kv_bytes=self.kv_bytes // config.tp,
                     block_tokens=config.block_tokens,
+                    transport=config.transport,
+                    kv_checksums=config.kv_checksums,
                     max_model_len=self.max_model_len,
                     max_batch=config.max_batch,
                     step_tokens=config.step_tokens,

@@ -12,6 +12,9 @@ from collections.abc import Iterable
 
 from .segment import LINE, WORD, Fence, Segment
 
+HEAD = LINE
+"""Bytes before the first block's word."""
+
 
 class Generations:
     """The writer's side."""
@@ -20,12 +23,12 @@ class Generations:
         self._segment = segment
         self._fence = Fence()
         self._epoch = segment.word(0)
-        self._words = memoryview(segment.shared)[LINE : LINE + num_blocks * WORD].cast("Q")
+        self._words = memoryview(segment.shared)[HEAD : HEAD + num_blocks * WORD].cast("Q")
 
     @classmethod
     def create(cls, num_blocks: int) -> "Generations":
         """All zero, of no epoch yet."""
-        return cls(Segment.create(LINE + num_blocks * WORD), num_blocks)
+        return cls(Segment.create(HEAD + num_blocks * WORD), num_blocks)
 
     @property
     def address(self) -> str:

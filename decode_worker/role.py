@@ -20,7 +20,7 @@ from ..core.tickets import Piece, Ticket
 from ..engine.continuous_batch import ContinuousBatch
 from ..engine.engine import Engine
 from ..engine.members import Goal
-from ..kv_transfer.messages import Delivery
+from ..kv_transfer.messages import Delivery, PeerLost
 from ..observe import names
 from ..worker.answering import Answer, Answering
 from ..worker.landing import Landed, Landing, LandingFailed
@@ -81,6 +81,9 @@ class DecodeRole:
 
     def deliver(self, delivery: Delivery, now: float) -> None:
         piece = delivery.message
+        if isinstance(piece, PeerLost):
+            self._end_landings(self._landing.lost(piece.inbox))
+            return
         if not isinstance(piece, Piece):
             return  # a return: nothing was lent here
         try:
@@ -139,10 +142,8 @@ class DecodeRole:
             match news:
                 case Landed():
                     self._land(news)
-                case LandingFailed(sequence_id=sequence_id, error=error):
-                    failing = self._answers.roster.get(sequence_id)
-                    if failing is not None:
-                        self._fail(failing, error)
+                case LandingFailed():
+                    self._end_landings([news])
 
     def _land(self, news: Landed) -> None:
         answer = self._answers.roster.get(news.reservation.sequence_id)
@@ -173,6 +174,12 @@ class DecodeRole:
         wanted = range(known, len(sequence.blocks))
         answer.ticket = self._landing.reserve(answer.sequence_id, ticket_id, sequence.blocks, wanted, now)
         self._outbox.granted(answer.link, TicketGranted(sequence_id=answer.sequence_id, ticket=answer.ticket))
+
+    def _end_landings(self, failed: list[LandingFailed]) -> None:
+        for failure in failed:
+            answer = self._answers.roster.get(failure.sequence_id)
+            if answer is not None:
+                self._fail(answer, failure.error)
 
     def _fail(self, answer: LandingAnswer, error: BatonError) -> None:
         # A source's stale piece is the router's to place again, not the client's to see.

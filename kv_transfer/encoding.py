@@ -21,7 +21,7 @@ OVERHEAD = 16
 
 _HEAD = struct.Struct("<IBBH")
 _CHECK = struct.Struct("<I")
-_HEADER_BYTES = _HEAD.size + _CHECK.size
+HEADER_BYTES = _HEAD.size + _CHECK.size
 _MOST_TEXT = 4096  # bytes; longer error messages are cut
 _TOKEN_BYTES = 16
 
@@ -57,7 +57,7 @@ def encode(message: Wire) -> bytes:
 
 def length(start: bytes | bytearray | memoryview) -> int | None:
     """Of the whole message that begins so; None: more of it is needed to say. Raises Damaged."""
-    if len(start) < _HEADER_BYTES:
+    if len(start) < HEADER_BYTES:
         return None
     count, version, _, zero = _HEAD.unpack_from(start)
     if crc32(start[: _HEAD.size]) != _CHECK.unpack_from(start, _HEAD.size)[0]:
@@ -73,7 +73,7 @@ def decode(data: bytes) -> Wire:
         raise Damaged("a message is not as long as it says")
     if crc32(data[: -_CHECK.size]) != _CHECK.unpack_from(data, len(data) - _CHECK.size)[0]:
         raise Damaged("a message is damaged")
-    body = _Reader(data[_HEADER_BYTES : -_CHECK.size])
+    body = _Reader(data[HEADER_BYTES : -_CHECK.size])
     try:
         message = _decode(data[5], body)
     except (struct.error, UnicodeDecodeError) as error:

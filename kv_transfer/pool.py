@@ -45,6 +45,11 @@ class BlockPool:
     def block_bytes(self) -> int:
         return int(self._pool.shape[1])
 
+    @property
+    def host(self) -> Bytes | None:
+        """The pool itself, [N, B] u8, where it is in host memory."""
+        return self._host
+
     def gather(self, blocks: Sequence[BlockId]) -> Bytes:
         if self._host is not None:
             return self._host[np.asarray(blocks, dtype=np.int64)]

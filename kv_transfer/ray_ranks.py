@@ -6,8 +6,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from ..core.errors import TransferFailed
+
 NAMESPACE = "baton"
 """An actor's method `deliver` takes a message, as bytes, and `greet` answers a handshake: see kv_transfer/inbox.py."""
+
+_GREET_S = 20.0
 
 
 class RayRanks:
@@ -24,9 +28,12 @@ class RayRanks:
         if timeout_s is not None:
             self._wait(inbox, call, timeout_s)
 
-    def greet(self, inbox: str, record: bytes, timeout_s: float) -> bytes:
-        """Raises as `deliver` does."""
-        answer: bytes = self._wait(inbox, self._actor(inbox).greet.remote(record), timeout_s)
+    def greet(self, inbox: str, record: bytes) -> bytes:
+        """Raises TransferFailed."""
+        try:
+            answer: bytes = self._wait(inbox, self._actor(inbox).greet.remote(record), _GREET_S)
+        except (RayError, ValueError) as error:
+            raise TransferFailed(short(error)) from None
         return answer
 
     def _wait(self, inbox: str, call: Any, timeout_s: float) -> Any:

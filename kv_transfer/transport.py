@@ -1,7 +1,7 @@
 """How a rank reads blocks of a peer's pool into its own, whatever carries the bytes.
 
-What a handshake would carry travels with every ticket and piece (geometry, epochs, inboxes), so a transport needs no
-sessions: the reader's inbox names the peer.
+Geometry, epochs and inboxes travel with every ticket and piece, and the reader's inbox names the peer: whoever offers
+and pulls need not know whether a transport has sessions beneath.
 """
 
 from collections.abc import Sequence
@@ -43,23 +43,27 @@ class Transport(Protocol):
         """How KV moves to and from each peer that was met, for the status."""
 
     def offer(self, piece: Piece, blocks: Sequence[BlockId], reader: str) -> "Future[Moved]":
-        """Source side: make the blocks readable, fill in the piece's checksums and announce it at the inbox `reader`.
+        """Source side: make the blocks readable, fill in what the piece says of them (checksums, and where they lie)
+        and announce it at the inbox `reader`, maybe in parts that add up to it.
 
-        Done when the reader's rank has the announcement. Fails with TransferFailed; then nothing can be read. The
-        caller keeps the blocks unchanged until it is done, and calls `withdraw` in every case.
+        Done when the announcement is with the reader's rank, or on a stream whose end both would notice. Fails with
+        TransferFailed; then what was announced is not to be relied on. The caller keeps the blocks unchanged until
+        `withdraw`, which it calls in every case: some transports copy them only when they are pulled.
         """
 
     def pull(self, delivery: Delivery, into: Sequence[BlockId]) -> "Future[Moved]":
         """Reader side: copy the announced piece's blocks into ours, in order, and verify them.
 
-        Fails with CorruptPiece (after reading twice) or TransferFailed: then only `into` holds garbage. Cancelling it
-        before it has begun leaves `into` as it was. Pulling twice is harmless.
+        Fails with CorruptPiece (after reading twice), LeaseExpired (the source gave a block to another holder
+        meanwhile) or TransferFailed: then only `into` holds garbage. Cancelling it before it has begun leaves `into` as
+        it was. Pulling twice is harmless.
         """
 
     def withdraw(self, ticket_id: TicketId) -> None:
         """Source side: nothing of this ticket is offered any more; frees what the transport keeps for it.
 
-        To be called once the ticket's offers are done. Unknown tickets change nothing.
+        To be called once the ticket's offers are done; from then on the blocks may have new holders. Unknown tickets
+        change nothing.
         """
 
     def tell(self, inbox: str, message: Returned) -> None:

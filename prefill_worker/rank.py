@@ -1,7 +1,7 @@
 """The step loop process of a prefill worker."""
 
+from ..kv_transfer.by_pair import ray_transport
 from ..kv_transfer.inbox import Inbox
-from ..kv_transfer.ray_store import RayStoreTransport
 from ..worker.config import WorkerConfig
 from ..worker.gang import OtherRanks
 from ..worker.lending import Lending
@@ -12,7 +12,7 @@ from .role import PrefillRole
 def run(
     config: WorkerConfig,
     inbox: Inbox,
-    make_transport: MakeTransport = RayStoreTransport,
+    make_transport: MakeTransport = ray_transport,
     others: OtherRanks | None = None,
 ) -> None:
     """Until the service says stop. Blocks; see worker/config.py. Raises ConfigError for what a person must mend."""

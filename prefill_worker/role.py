@@ -21,9 +21,9 @@ from ..engine.engine import Engine
 from ..engine.members import Goal
 from ..engine.sequence import Sequence
 from ..engine.step_result import StepResult
-from ..kv_transfer.messages import Delivery, Returned
+from ..kv_transfer.messages import Delivery, PeerLost, Returned
 from ..observe import names
-from ..worker.lending import Lending, Loan
+from ..worker.lending import Lending, Loan, LoanFailed
 from ..worker.loop import LinkClosed, RoleState, Survey
 from ..worker.outbox import Outbox
 from ..worker.reporting import Reporter, transfer_attributes
@@ -89,6 +89,9 @@ class PrefillRole:
 
     def deliver(self, delivery: Delivery, now: float) -> None:
         message = delivery.message
+        if isinstance(message, PeerLost):
+            self._end_loans(self._lending.lost(message.inbox))
+            return
         if not isinstance(message, Returned):
             return  # a piece: nobody may announce to a prefill worker, and its source's lease ends without us
         loan = self._lending.returned(message)
@@ -174,10 +177,7 @@ class PrefillRole:
         self._announce(prompt, now)
 
     def _expire(self, now: float) -> None:
-        for failure in self._lending.poll(now):
-            prompt = self._roster.get(failure.sequence_id)
-            if prompt is not None:
-                self._fail(prompt, failure.error)
+        self._end_loans(self._lending.poll(now))
         for prompt in self._roster.expired(now):
             self._fail(prompt, DeadlineExceeded("the request's deadline passed during prefill"))
         for prompt in [prompt for prompt in self._roster if prompt.ticket_by is not None and now >= prompt.ticket_by]:
@@ -218,6 +218,12 @@ class PrefillRole:
             if done:
                 prompt.ticket_by = None
                 self._batch.remove(sequence)
+
+    def _end_loans(self, failed: list[LoanFailed]) -> None:
+        for failure in failed:
+            prompt = self._roster.get(failure.sequence_id)
+            if prompt is not None:
+                self._fail(prompt, failure.error)
 
     def _fail(self, prompt: Prompt, error: BatonError) -> None:
         # A reader's stale ticket is the router's to place again, not the client's to see.

@@ -6,8 +6,9 @@ starts all with the same WorkerConfig:
 - the rank: `run(config, inbox)` of prefill_worker/rank.py, decode_worker/rank.py or colocated_worker/rank.py, in a
   thread of a process that serves no gRPC. It makes the ring's files in `ring_dir`, loads the model (progress goes over
   the ring), and steps until the service says stop. An error that it raises ends this life of the worker. Beside it,
-  each call of a peer rank does `kv_transfer.inbox.deliver(inbox, message, handles)` with the same `Inbox()`: the rank
-  is a Ray actor named `config.inbox` in the namespace "baton" whose method `deliver(message, handles)` does just that.
+  calls of peer ranks do `kv_transfer.inbox.deliver(inbox, message, handles)` and `kv_transfer.inbox.greet(inbox,
+  record)` with the same `Inbox()`: the rank is a Ray actor named `config.inbox` in the namespace "baton" whose methods
+  `deliver(message, handles)` and `greet(record)` do just that.
 - each other rank: `worker.gang.follow(config, invitation, loaded)`, with what the first one gave for it to `others`. It
   follows the first one's steps until that one says stop; an error of any of them ends this life of the worker.
 - the service: `await worker.service.serve(config, stop, ready, progress)`, in an asyncio process. It waits for the
@@ -43,6 +44,8 @@ class WorkerConfig:
     swap_bytes: int = 0  # host memory for KV of preempted sequences
     max_waiting: int = 1024  # admitted sequences that hold nothing yet
     threads: int | None = 1  # of torch on the CPU
+    transport: str = "auto"  # what may carry KV between workers: see kv_transfer/capability.py
+    kv_checksums: bool = True  # of blocks that are lent
     lease_s: float = 20.0  # lent blocks, after the last piece
     handover_timeout_s: float = 60.0  # how long reserved blocks wait for pieces, and a computed prompt for its ticket
     drain_timeout_s: float = 60.0

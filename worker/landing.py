@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from ..core.errors import BatonError, CorruptPiece, LeaseExpired, StaleEpoch
+from ..core.errors import BatonError, CorruptPiece, LeaseExpired, StaleEpoch, WorkerLost
 from ..core.frames import Holder
 from ..core.ids import BlockId, Epoch, SequenceId, TicketId
 from ..core.tickets import Geometry, Piece, Ticket
@@ -155,6 +155,17 @@ class Landing:
                 reservation.told = True
                 news.append(Landed(reservation, reservation.first_token))
         return news
+
+    def lost(self, inbox: str) -> list[LandingFailed]:
+        """Nothing more comes from the source of this inbox: abort what still waits for it."""
+        failed = []
+        for reservation in [one for one in self._open.values() if inbox in one.sources and not one.told]:
+            error = self._settle(reservation)
+            if error is not None or not self._complete(reservation) or reservation.first_token is None:
+                error = error or WorkerLost("the prefill worker ended while the prompt's KV was on its way")
+                self.abort(reservation.ticket.ticket_id, error)
+                failed.append(LandingFailed(reservation.sequence_id, error))
+        return failed
 
     def commit(self, ticket_id: TicketId) -> list[BlockId]:
         """The sequence's blocks, held by the caller from now on; the source is told. Only for what has landed."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from ..core.errors import BatonError, LeaseExpired, RequestConflict, TransferFailed
+from ..core.errors import BatonError, LeaseExpired, RequestConflict, TransferFailed, WorkerLost
 from ..core.frames import Holder
 from ..core.ids import BlockId, Epoch, SequenceId, WorkerId
 from ..core.tickets import Geometry, Piece, Ticket
@@ -128,6 +128,14 @@ class Lending:
             return None
         self.withdraw(message.sequence_id)
         return loan
+
+    def lost(self, inbox: str) -> list[LoanFailed]:
+        """The reader of this inbox is gone: end its loans."""
+        lost = [loan.sequence_id for loan in self._loans.values() if loan.ticket.inbox == inbox]
+        for sequence_id in lost:
+            self.withdraw(sequence_id)
+        error = WorkerLost("the decode worker ended before it had taken the KV")
+        return [LoanFailed(sequence_id, error) for sequence_id in lost]
 
     def withdraw(self, sequence_id: SequenceId) -> None:
         """End a loan now. Blocks that the transport still reads go back at a later `poll`."""

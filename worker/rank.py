@@ -14,9 +14,10 @@ from ..core.request import Load
 from ..engine.continuous_batch import ContinuousBatch
 from ..engine.engine import Engine
 from ..engine.parallel.follower import Followers
+from ..engine.parallel.shared_pool import HostPoolHandle
 from ..engine.policies import policy
+from ..kv_transfer.capability import RankPool, Site
 from ..kv_transfer.inbox import Inbox
-from ..kv_transfer.pool import Blocks
 from ..kv_transfer.rank_pools import whole_blocks
 from ..kv_transfer.transport import Transport
 from .config import WorkerConfig
@@ -29,7 +30,7 @@ from .reporting import Reporter
 from .ring import RingFull, RingPair
 from .roster import Limits
 
-MakeTransport: TypeAlias = Callable[[Blocks], AbstractContextManager[Transport]]
+MakeTransport: TypeAlias = Callable[[Site], AbstractContextManager[Transport]]
 
 _PROGRESS_S = 0.1
 
@@ -105,7 +106,7 @@ def start(
             engine = _engine(config, rings, followers)
             if others is not None:
                 engine.open_pools(others.pools())
-            with make_transport(whole_blocks(engine.rank_pools, engine.rank_heads)) as transport:
+            with make_transport(_site(config, inbox, engine)) as transport:
                 yield Rank(
                     config=config,
                     rings=rings,
@@ -120,6 +121,29 @@ def start(
         inbox.wakeup.close()
         rings.unlink()
         rings.close()
+
+
+def _site(config: WorkerConfig, inbox: Inbox, engine: Engine) -> Site:
+    handles = [handle for handle in engine.rank_handles if isinstance(handle, HostPoolHandle)]
+    mappable = len(handles) == len(engine.rank_pools)
+    return Site(
+        worker_id=config.worker_id,
+        epoch=config.epoch,
+        address=config.inbox,
+        inbox=inbox,
+        geometry=engine.geometry,
+        pool=whole_blocks(engine.rank_pools, engine.rank_heads),
+        num_blocks=engine.ledger.num_blocks,
+        pools=tuple(
+            RankPool(handle.address, heads.start, len(heads))
+            for handle, heads in zip(handles, engine.rank_heads, strict=False)
+        ),
+        unmapped="" if mappable else f"the pool is on {engine.device.type}",
+        generations=engine.generations,
+        socket=config.ring_dir / f"{config.ring_name}.kv",
+        transport=config.transport,
+        checked=config.kv_checksums,
+    )
 
 
 def _batch(config: WorkerConfig, engine: Engine) -> ContinuousBatch:
@@ -152,6 +176,7 @@ def _engine(config: WorkerConfig, rings: RingPair, followers: Followers | None) 
             config.threads,
             progress,
             followers,
+            shared=torch.device(config.device).type == "cpu",
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -7,10 +7,12 @@ from baton.kv_transfer.inbox import Inbox
 from baton.kv_transfer.loopback import Hub, LoopbackTransport
 from baton.kv_transfer.pool import BlockPool
 
-from .transport_contract import End, TransportContract, fresh_pool
+from .transport_contract import End, SnapshotContract, fresh_pool
 
 
-class TestLoopback(TransportContract):
+class TestLoopback(SnapshotContract):
+    carrier = "loopback"
+
     @pytest.fixture
     def ends(self) -> Iterator[tuple[End, End]]:
         hub = Hub()

@@ -16,7 +16,7 @@ from baton.kv_transfer.pool import BlockPool
 from baton.kv_transfer.ray_ranks import NAMESPACE
 from baton.kv_transfer.ray_store import RayStoreTransport
 
-from .transport_contract import End, TransportContract, fresh_pool
+from .transport_contract import End, SnapshotContract, fresh_pool
 
 ray = pytest.importorskip("ray")
 
@@ -58,7 +58,9 @@ class _Hung:
         threading.Event().wait()
 
 
-class TestRayStore(TransportContract):
+class TestRayStore(SnapshotContract):
+    carrier = "ray_store"
+
     def test_a_peer_that_hangs_does_not_delay_what_others_are_told(
         self, ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
     ) -> None:

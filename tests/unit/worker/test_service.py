@@ -64,7 +64,9 @@ async def worker(folder: Path, role: str, hub: Hub, threads: ThreadPoolExecutor)
     settings, inbox = config(folder, role), Inbox()
     hub.join(settings.inbox, inbox)
     run = prefill_rank.run if role == "prefill" else decode_rank.run
-    rank = Thread(target=run, args=(settings, inbox, lambda pool: nullcontext(LoopbackTransport(hub, pool, threads))))
+    rank = Thread(
+        target=run, args=(settings, inbox, lambda site: nullcontext(LoopbackTransport(hub, site.pool, threads)))
+    )
     rank.start()
     stop, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
     service = asyncio.create_task(serve(settings, stop, ready.set_result))

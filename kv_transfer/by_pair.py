@@ -1,0 +1,224 @@
+r"""Each pair of workers moves KV the fastest way that it can: the source's pool mapped, else Ray's object store.
+
+    unmet -> handshake -> mapped <-> object store, for a while      a stream that closed, copies that failed
+                      \-> object store                              the two can't; or "no answer", for a while
+
+The source chooses, at its first offer to a reader; the reader takes what comes. A way that is pinned by configuration
+is never left: where it can't be had, offers and pulls fail with GeometryMismatch and say why.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Lock
+from time import monotonic
+from types import TracebackType
+from typing import Self
+
+from ..core.errors import ConfigError, GeometryMismatch, TransferFailed
+from ..core.frames import Way
+from ..core.ids import BlockId, TicketId
+from ..core.tickets import Piece
+from .capability import MAPPED, RAY_STORE, Answer, Site, capability_from_bytes, to_bytes, why_not_mapped
+from .mapped import Greet, MappedTransport, NotMapped, Source
+from .messages import Delivery, Returned
+from .ray_ranks import RayRanks
+from .ray_store import RayStoreTransport
+from .transport import Moved, Transport
+
+_AGAIN_S = 30.0  # in the store after something went wrong, before the mapped way is tried again
+_FAULTS = ("CorruptPiece", "TransferFailed")  # of a reader's, that speak against the way and not the request
+_MOST_WAYS = 256  # that are remembered for the status
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Pair:
+    """What a source knows of one reader."""
+
+    mapped: bool = False
+    reason: str = ""  # why it is not
+    until: float | None = None  # when to try again; None: never, while not mapped
+    met: bool = False
+    lock: Lock = field(default_factory=Lock)  # who holds it chooses
+
+    def settled(self, now: float) -> bool:
+        return self.met and (self.mapped or self.until is None or now < self.until)
+
+
+class PairTransport:
+    """See transport.py."""
+
+    def __init__(
+        self,
+        site: Site,
+        store: Transport,
+        greet: Greet,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        """Raises ConfigError where the mapped way is pinned and this worker can't have it."""
+        if site.transport == MAPPED and site.unmapped:
+            raise ConfigError(f"--transport is mapped, but can't be: {site.unmapped}")
+        self.name = site.transport
+        self._site = site
+        self._store = store
+        self._clock = clock
+        possible = site.transport != RAY_STORE and not site.unmapped
+        self._mapped = MappedTransport(site, greet, self._closed, self._returned) if possible else None
+        self._pairs: dict[str, _Pair] = {}  # by reader
+        self._sources: dict[str, Way] = {}  # whose pieces came through the store
+        self._choices = ThreadPoolExecutor(2, thread_name_prefix="kv-choose")
+        self._lock = Lock()
+        site.inbox.greeter = self._answer
+
+    def offer(self, piece: Piece, blocks: Sequence[BlockId], reader: str) -> "Future[Moved]":
+        with self._lock:
+            pair = self._pairs.setdefault(reader, _Pair())
+        if self._mapped is None:
+            return self._store.offer(piece, blocks, reader)
+        if pair.mapped:
+            offered = self._mapped.offer(piece, blocks, reader)
+            offered.add_done_callback(lambda ended: self._offered(reader, ended))
+            return offered
+        if pair.settled(self._clock()) and self._site.transport != MAPPED:
+            return self._store.offer(piece, blocks, reader)
+        return self._choices.submit(self._choose_and_offer, pair, piece, blocks, reader)
+
+    def pull(self, delivery: Delivery, into: Sequence[BlockId]) -> "Future[Moved]":
+        if delivery.handles and isinstance(delivery.handles[0], Source):
+            assert self._mapped is not None
+            return self._mapped.pull(delivery, into)
+        piece = delivery.message
+        assert isinstance(piece, Piece)
+        self._came_by_store(piece.source_inbox)
+        if self._site.transport == MAPPED:
+            refused: Future[Moved] = Future()
+            refused.set_exception(GeometryMismatch(f"--transport is mapped here, but not at {piece.source}"))
+            return refused
+        return self._store.pull(delivery, into)
+
+    def withdraw(self, ticket_id: TicketId) -> None:
+        if self._mapped is not None:
+            self._mapped.withdraw(ticket_id)
+        self._store.withdraw(ticket_id)
+
+    def tell(self, inbox: str, message: Returned) -> None:
+        if self._mapped is None or not self._mapped.told(inbox, message):
+            self._store.tell(inbox, message)
+
+    def living(self) -> int:
+        return self._store.living() + (self._mapped.living() if self._mapped is not None else 0)
+
+    @property
+    def ways(self) -> Sequence[Way]:
+        mapped = [] if self._mapped is None else list(self._mapped.ways)
+        with self._lock:
+            stored = [
+                Way(peer=reader, transport="" if self._site.transport == MAPPED else RAY_STORE, reason=pair.reason)
+                for reader, pair in self._pairs.items()
+                if pair.met and not pair.mapped
+            ]
+            known = {way.peer for way in (*mapped, *stored)}
+            stored += [way for peer, way in self._sources.items() if peer not in known]
+        slow = {way.peer for way in stored}
+        return (*(way for way in mapped if way.peer not in slow), *stored)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._site.inbox.greeter = None
+        self._choices.shutdown(wait=True, cancel_futures=True)
+        if self._mapped is not None:
+            self._mapped.__exit__(kind, error, at)
+
+    def _choose_and_offer(self, pair: _Pair, piece: Piece, blocks: Sequence[BlockId], reader: str) -> Moved:
+        with pair.lock:
+            if not pair.settled(self._clock()):
+                self._choose(pair, reader)
+        if self._site.transport == MAPPED and not pair.mapped:
+            if pair.until is None:
+                raise GeometryMismatch(f"--transport is mapped, but it can't be: {pair.reason}")
+            raise TransferFailed(f"--transport is mapped, but it can't be now: {pair.reason}")
+        by = self._mapped if pair.mapped and self._mapped is not None else self._store
+        offered = by.offer(piece, blocks, reader)
+        if by is self._mapped:
+            offered.add_done_callback(lambda ended: self._offered(reader, ended))
+        return offered.result()
+
+    def _choose(self, pair: _Pair, reader: str) -> None:
+        assert self._mapped is not None
+        told = pair.reason if pair.met else None
+        try:
+            self._mapped.meet(reader)
+        except NotMapped as error:
+            pair.mapped, pair.reason = False, str(error)
+            pair.until = None if error.lasting else self._clock() + self._patience
+        else:
+            pair.mapped, pair.reason, pair.until = True, "", None
+        pair.met = True
+        if not pair.mapped and pair.reason != told:  # once for each pair, and again when it is another reason
+            way = "cannot move" if self._site.transport == MAPPED else f"moves by {RAY_STORE}"
+            _log.warning("KV for %s %s: %s", reader, way, pair.reason)
+        elif pair.mapped and told:
+            _log.info("KV for %s moves by %s again", reader, MAPPED)
+
+    @property
+    def _patience(self) -> float:
+        return 0.0 if self._site.transport == MAPPED else _AGAIN_S
+
+    def _step_down(self, reader: str, reason: str) -> None:
+        with self._lock:
+            pair = self._pairs.get(reader)
+            if pair is None or not pair.mapped:
+                return
+            pair.mapped, pair.reason, pair.until = False, reason, self._clock() + self._patience
+        _log.warning("KV for %s moves by another way for a while: %s", reader, reason)
+
+    def _offered(self, reader: str, ended: "Future[Moved]") -> None:
+        error = None if ended.cancelled() else ended.exception()
+        if isinstance(error, TransferFailed):
+            self._step_down(reader, str(error))
+
+    def _closed(self, reader: str) -> None:
+        """Of the streams' thread: a reader's has closed. It is dead, most likely, and nobody will ask again."""
+        self._step_down(reader, "its stream has closed")
+        with self._lock:
+            while len(self._pairs) > _MOST_WAYS:
+                self._pairs.pop(next(iter(self._pairs)))
+
+    def _returned(self, reader: str, message: Returned) -> None:
+        """Of the streams' thread: what a reader says of a piece that it mapped."""
+        if message.error_code in _FAULTS:
+            self._step_down(reader, message.error_message or message.error_code)
+
+    def _came_by_store(self, source: str) -> None:
+        with self._lock:
+            if source not in self._sources:
+                self._sources[source] = Way(peer=source, transport=RAY_STORE, reason="the source chose it")
+                while len(self._sources) > _MOST_WAYS:
+                    self._sources.pop(next(iter(self._sources)))
+
+    def _answer(self, record: bytes) -> bytes:
+        """See `Inbox.greeter`."""
+        if self._mapped is not None:
+            answer = self._mapped.answer(record)
+        else:
+            mine = self._site.capability
+            reason = why_not_mapped(capability_from_bytes(record), mine)
+            answer = to_bytes(Answer(record=mine, refusal=reason, lasting=True))
+        return answer
+
+
+@contextmanager
+def ray_transport(site: Site) -> Iterator[PairTransport]:
+    """What a rank uses. Needs a process that is connected to Ray. Raises ConfigError as `PairTransport` does."""
+    ranks = RayRanks()
+    with (
+        RayStoreTransport(site.pool, ranks=ranks, checked=site.checked) as store,
+        PairTransport(site, store, ranks.greet) as transport,
+    ):
+        yield transport

@@ -1,0 +1,382 @@
+"""Ranks of one host: the reader maps the source's pool once and copies its blocks straight into its own.
+
+    source                                          reader
+    record            -- handshake, over Ray -->    maps pool and generation words, probes
+                      <-- answer, token --------
+    stream, Hello     ------------------------->    knows whose stream it is
+    piece: blocks, generations, checksums ----->    generations same? copy, check, generations still the same?
+                      <-------------- Returned      source alive?
+
+Nothing is kept for what is offered: the loan keeps the blocks, and a block that has a new holder all the same has a new
+generation. A closed stream is a peer's end, for both sides: each tells its rank (`PeerLost`), and the reader lets go of
+the source's memory.
+"""
+
+import hmac
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from threading import Lock
+from time import time_ns
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from ..core.errors import CorruptPiece, LeaseExpired, Overloaded, TransferFailed
+from ..core.frames import Way
+from ..core.ids import BlockId, TicketId
+from ..core.segment import RankLost
+from ..core.tickets import Piece
+from .capability import Answer, Capability, Site, answer_from_bytes, capability_from_bytes, to_bytes, why_not_mapped
+from .encoding import Damaged, Wire
+from .integrity import checksums
+from .mapping import Mapping, fence, runs
+from .messages import Delivery, Hello, PeerLost, Returned
+from .pool import BlockPool
+from .streams import Stream, Streams
+from .transport import Moved, moved
+
+Greet = Callable[[str, bytes], bytes]
+"""Carries a record to the rank of an inbox and brings its answer. Raises TransferFailed."""
+
+_THREADS = 2
+_PART_BYTES = 8 << 20  # announced together: the reader copies them while the next ones' checksums are made
+_CHUNK_BYTES = 1 << 20  # of checksums at a time
+
+_log = logging.getLogger(__name__)
+
+
+class NotMapped(TransferFailed):
+    """The reader does not map our pool. `lasting`: and won't, for as long as both live."""
+
+    def __init__(self, reason: str, *, lasting: bool) -> None:
+        super().__init__(reason)
+        self.lasting = lasting
+
+
+@dataclass(eq=False, slots=True)
+class Source:
+    """A peer whose pool is mapped here; what its stream brought names it."""
+
+    record: Capability
+    stream: Stream
+    mapping: Mapping | None  # None: it is gone
+    gb_per_s: float
+    stale_reads: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Reader:
+    """A peer that maps our pool."""
+
+    inbox: str
+    gb_per_s: float
+    stream: Stream | None = None
+    lock: Lock = field(default_factory=Lock)  # who holds it shakes hands
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """A source that has our answer and will connect."""
+
+    token: bytes
+    record: Capability
+    gb_per_s: float
+
+
+class MappedTransport:
+    """See transport.py. Of a site whose pools can be mapped."""
+
+    name = "mapped"
+
+    def __init__(
+        self,
+        site: Site,
+        greet: Greet,
+        lost: Callable[[str], None] = lambda _: None,
+        returned: Callable[[str, Returned], None] = lambda *_: None,
+    ) -> None:
+        """greet: reaches other ranks. lost: told of each reader whose stream has closed. returned: told what each says
+        beside the inbox."""
+        assert site.generations is not None, "pools that can't be mapped"
+        self._site = site
+        self._capability = site.capability
+        self._greet = greet
+        self._lost = lost
+        self._returned = returned
+        self._readers: dict[str, Reader] = {}
+        self._sources: dict[str, Source] = {}
+        self._expected: dict[str, _Expected] = {}
+        self._announced: dict[TicketId, int] = {}
+        self._lock = Lock()
+        site.generations.begin(site.epoch)
+        self._offers = ThreadPoolExecutor(_THREADS, thread_name_prefix="kv-offer")
+        self._pulls = ThreadPoolExecutor(_THREADS, thread_name_prefix="kv-pull")
+        self._streams = Streams(site.socket, self._heard, self._closed)
+
+    def offer(self, piece: Piece, blocks: Sequence[BlockId], reader: str) -> "Future[Moved]":
+        return self._offers.submit(self._offer, piece, tuple(blocks), reader)
+
+    def pull(self, delivery: Delivery, into: Sequence[BlockId]) -> "Future[Moved]":
+        return self._pulls.submit(self._pull, delivery, tuple(into))
+
+    def withdraw(self, ticket_id: TicketId) -> None:
+        with self._lock:
+            self._announced.pop(ticket_id, None)
+
+    def tell(self, inbox: str, message: Returned) -> None:
+        self.told(inbox, message)
+
+    def living(self) -> int:
+        with self._lock:
+            return sum(self._announced.values())
+
+    @property
+    def ways(self) -> Sequence[Way]:
+        with self._lock:
+            readers = [Way(peer=one.inbox, transport=self.name, probed_gb_per_s=one.gb_per_s) for one in self._open()]
+            sources = [
+                Way(
+                    peer=one.record.inbox,
+                    transport=self.name,
+                    probed_gb_per_s=one.gb_per_s,
+                    stale_reads=one.stale_reads,
+                )
+                for one in self._sources.values()
+            ]
+        return (*readers, *sources)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Drops what has not begun and waits for what is under way."""
+        assert self._site.generations is not None
+        self._streams.close()
+        for threads in (self._offers, self._pulls):
+            threads.shutdown(wait=True, cancel_futures=True)
+        self._site.generations.begin(0)
+
+    # Beside the protocol, for who chooses between transports
+
+    def told(self, inbox: str, message: Returned) -> bool:
+        """False: no source of that inbox has a stream here."""
+        with self._lock:
+            source = self._sources.get(inbox)
+        if source is None:
+            return False
+        try:
+            source.stream.send(message)
+        except TransferFailed as error:
+            _log.info("rank %s was not told of ticket %s: %s", inbox, message.ticket_id, error)
+        return True
+
+    def is_met(self, reader: str) -> bool:
+        """The stream to that reader is open."""
+        with self._lock:
+            known = self._readers.get(reader)
+        return known is not None and known.stream is not None and known.stream.is_open
+
+    def meet(self, reader: str) -> Stream:
+        """The stream to a reader; shakes hands first where there is none. Raises NotMapped."""
+        with self._lock:
+            known = self._readers.setdefault(reader, Reader(reader, 0.0))
+        with known.lock:
+            if known.stream is not None and known.stream.is_open:
+                return known.stream
+            answer = self._ask(reader)
+            known.gb_per_s = answer.gb_per_s
+            try:
+                known.stream = self._streams.connect(answer.record.socket, Hello(bytes.fromhex(answer.token)), known)
+            except (OSError, ValueError) as error:
+                raise NotMapped(f"its stream can't be reached: {error}", lasting=False) from None
+            _log.info("%s maps our KV pool, %.1f GB/s", answer.record.worker_id, answer.gb_per_s)
+            return known.stream
+
+    def answer(self, record: bytes) -> bytes:
+        """A source's handshake: see `Inbox.greeter`. Raises Damaged."""
+        source = capability_from_bytes(record)
+        refusal = why_not_mapped(source, self._capability)
+        if refusal:
+            return to_bytes(Answer(record=self._capability, refusal=refusal, lasting=True))
+        try:
+            gb_per_s = Mapping(source).probe()
+        except (RankLost, OSError, ValueError) as error:
+            return to_bytes(Answer(record=self._capability, refusal=f"its pool can't be mapped: {error}"))
+        token = secrets.token_bytes(16)
+        with self._lock:  # it is mapped again when its stream is here: one that dies before then holds no memory
+            self._expected[source.inbox] = _Expected(token, source, gb_per_s)
+        return to_bytes(Answer(record=self._capability, token=token.hex(), gb_per_s=gb_per_s))
+
+    # Source
+
+    def _ask(self, reader: str) -> Answer:
+        try:
+            answer = answer_from_bytes(self._greet(reader, to_bytes(self._capability)))
+        except (TransferFailed, Damaged) as error:
+            raise NotMapped(f"no handshake: {error}", lasting=False) from None
+        if answer.refusal:
+            raise NotMapped(answer.refusal, lasting=answer.lasting)
+        return answer
+
+    def _offer(self, piece: Piece, blocks: tuple[BlockId, ...], reader: str) -> Moved:
+        assert self._site.generations is not None
+        start = time_ns()
+        stream = self.meet(reader)
+        # They stand as long as the loan does: any later holder has others.
+        generations = self._site.generations.of(blocks)
+        most = max(1, _PART_BYTES // self._site.pool.block_bytes)
+        for at in range(0, max(1, len(blocks)), most):
+            part = slice(at, at + most)
+            over = at + most >= len(blocks)
+            stream.send(
+                replace(
+                    piece,
+                    blocks=piece.blocks[part],
+                    source_blocks=blocks[part],
+                    generations=generations[part],
+                    checksums=self._checksums(piece.ticket_id, piece.blocks[part], blocks[part]),
+                    last=piece.last and over,
+                    first_token=piece.first_token if over else None,
+                )
+            )
+        with self._lock:
+            self._announced[piece.ticket_id] = self._announced.get(piece.ticket_id, 0) + 1
+        return moved(self.name, len(blocks) * self._site.pool.block_bytes, len(blocks), start)
+
+    def _checksums(self, ticket_id: TicketId, indices: tuple[int, ...], blocks: tuple[BlockId, ...]) -> tuple[int, ...]:
+        if not self._site.checked:
+            return ()
+        pool = self._site.pool
+        host = pool.host if isinstance(pool, BlockPool) else None
+        most = max(1, _CHUNK_BYTES // pool.block_bytes)
+        found: list[int] = []
+        for run in runs([(block, block) for block in blocks], most) if host is not None else _slices(blocks, most):
+            part = blocks[run.start : run.stop]
+            bytes_of = pool.gather(part) if host is None else host[part[0] : part[-1] + 1]
+            found += checksums(ticket_id, indices[run.start : run.stop], bytes_of)
+        return tuple(found)
+
+    # Reader
+
+    def _pull(self, delivery: Delivery, into: tuple[BlockId, ...]) -> Moved:
+        piece, start = delivery.message, time_ns()
+        source = delivery.handles[0]
+        assert isinstance(piece, Piece)
+        assert isinstance(source, Source)
+        mapping = source.mapping
+        if mapping is None:
+            raise TransferFailed(f"the source {piece.source} is gone")
+        if not mapping.fits(piece, len(into)):
+            raise CorruptPiece(f"a piece of ticket {piece.ticket_id} names blocks that its source does not have")
+        self._check(source, mapping, piece)
+        bad = mapping.copy(piece, into, self._site.pool, range(len(into)))
+        if bad:
+            _log.warning("%d blocks of ticket %s arrived damaged, copying them again", len(bad), piece.ticket_id)
+            bad = mapping.copy(piece, into, self._site.pool, sorted(bad))
+        self._check(source, mapping, piece)
+        if bad:
+            raise CorruptPiece(f"{len(bad)} of {len(into)} KV blocks arrived damaged (first: {piece.blocks[min(bad)]})")
+        return moved(self.name, len(into) * self._site.pool.block_bytes, len(into), start)
+
+    def _check(self, source: Source, mapping: Mapping, piece: Piece) -> None:
+        """Before the copy and after it. Raises LeaseExpired, TransferFailed."""
+        fence()
+        named = np.array(piece.source_blocks, dtype=np.int64)
+        stale = mapping.generations(named) != np.array(piece.generations, dtype=np.uint64)
+        if stale.any():
+            with self._lock:
+                source.stale_reads += 1
+            _log.warning("%s gave blocks of ticket %s to others while they were read", piece.source, piece.ticket_id)
+            raise LeaseExpired(
+                f"the prefill worker took {int(stale.sum())} of {len(named)} KV blocks back before they were read"
+            )
+        # The memory of the dead reads like that of the living.
+        if not (source.stream.is_open and mapping.is_of_its_epoch()):
+            raise TransferFailed(f"the source {piece.source} ended while its KV was read")
+
+    # The streams' thread
+
+    def _was_announced(self, ticket_id: TicketId) -> bool:
+        with self._lock:
+            return ticket_id in self._announced
+
+    def _heard(self, stream: Stream, message: Wire) -> bool:
+        match message, stream.owner:
+            case Hello(token), None:
+                self._welcome(stream, token)
+                return True
+            case Piece(), Source() as source if self._is_of(message, source):
+                return self._put(Delivery(message, (source,)))
+            case Returned(), Reader() as reader:
+                if self._was_announced(message.ticket_id):
+                    self._returned(reader.inbox, message)
+                return self._put(Delivery(message))
+            case _:
+                raise Damaged(f"a {type(message).__name__} has no place on this stream")
+
+    @staticmethod
+    def _is_of(piece: Piece, source: Source) -> bool:
+        record = source.record
+        said = (piece.source, piece.source_epoch, piece.source_inbox, piece.geometry)
+        return said == (record.worker_id, record.epoch, record.inbox, record.geometry)
+
+    def _put(self, delivery: Delivery) -> bool:
+        try:
+            self._site.inbox.put(delivery)
+        except Overloaded:
+            return False
+        return True
+
+    def _welcome(self, stream: Stream, token: bytes) -> None:
+        """Raises Damaged where nobody with this token is expected."""
+        with self._lock:
+            found = [one for one in self._expected.values() if hmac.compare_digest(one.token, token)]
+            expected = self._expected.pop(found[0].record.inbox) if found else None
+        if expected is None:
+            raise Damaged("a stream of nobody who was expected")
+        inbox = expected.record.inbox
+        try:
+            source = Source(expected.record, stream, Mapping(expected.record), expected.gb_per_s)
+        except (RankLost, OSError, ValueError) as error:
+            raise Damaged(f"the pool of {expected.record.worker_id} can't be mapped: {error}") from None
+        with self._lock:
+            earlier = self._sources.pop(inbox, None)
+            self._sources[inbox] = source
+            stream.owner = source
+        if earlier is not None:
+            self._lose(earlier)
+        _log.info("the KV pool of %s is mapped, %.1f GB/s", expected.record.worker_id, expected.gb_per_s)
+
+    def _lose(self, source: Source) -> None:
+        source.mapping = None  # a pull under way still has it
+        source.stream.end()
+        self._put(Delivery(PeerLost(source.record.inbox)))
+
+    def _closed(self, stream: Stream) -> None:
+        match stream.owner:
+            case Source() as source:
+                with self._lock:
+                    known = self._sources.get(source.record.inbox) is source
+                    if known:
+                        del self._sources[source.record.inbox]
+                if known:
+                    self._lose(source)
+            case Reader() as reader:
+                with self._lock:
+                    if self._readers.get(reader.inbox) is reader:
+                        del self._readers[reader.inbox]
+                self._lost(reader.inbox)
+                self._put(Delivery(PeerLost(reader.inbox)))
+            case _:
+                return
+
+    def _open(self) -> list[Reader]:
+        return [one for one in self._readers.values() if one.stream is not None]
+
+
+def _slices(blocks: Sequence[BlockId], most: int) -> list[range]:
+    return [range(at, min(at + most, len(blocks))) for at in range(0, len(blocks), most)]
