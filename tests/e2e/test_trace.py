@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import secrets
+from pathlib import Path
 from typing import Any
 
 from baton.v1 import inference_pb2 as pb
 from baton.v1 import inference_pb2_grpc
 
-from .cluster import Cluster
+from .cluster import Cluster, serve
 from .otlp import Receiver
+from .statuses import statuses
 
 
 def test_one_trace_holds_router_prefill_transfer_and_decode(
-    cluster: Cluster, stub: inference_pb2_grpc.InferenceServiceStub, receiver: Receiver
+    cluster: Cluster, stub: inference_pb2_grpc.InferenceServiceStub, receiver: Receiver, device: str
 ) -> None:
     name = f"traced-{secrets.token_hex(4)}"
     request = pb.GenerateRequest(
@@ -34,6 +36,38 @@ def test_one_trace_holds_router_prefill_transfer_and_decode(
     attributes = {a.key: a.value for a in roots[0].attributes}
     assert attributes["gen_ai.usage.input_tokens"].int_value == usage.prompt_tokens
     assert attributes["gen_ai.usage.output_tokens"].int_value == 8
+    assert carriers(spans) == {carried_by(device)}
+    assert carried_ways(cluster) == {carried_by(device)}
+
+
+def test_pinned_to_the_object_store_it_carries_the_bytes(tmp_path: Path, receiver: Receiver, device: str) -> None:
+    flags = ["--device", device, "--transport", "ray_store", "--otlp-endpoint", f"http://{receiver.address}"]
+    with serve(tmp_path, *flags) as cluster, cluster.channel() as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        name = f"traced-{secrets.token_hex(4)}"
+        request = pb.GenerateRequest(request_id=name, text="Return a list of", sampling=pb.SamplingParams(max_tokens=8))
+        list(stub.Generate(request, timeout=60))
+        trace_id = stub.Explain(pb.ExplainRequest(request_id=name), timeout=10).trace_id
+        spans = receiver.trace(trace_id, lambda spans: {"transfer", "decode"} <= parts(spans))
+        assert carriers(spans) == {"ray_store"}
+        assert carried_ways(cluster) == {"ray_store"}
+
+
+def carried_by(device: str) -> str:
+    """The fastest that there is between two workers of this machine."""
+    return "mapped" if device == "cpu" else "ray_store"
+
+
+def carriers(spans: list[tuple[str, Any]]) -> set[str]:
+    """What carried KV, by the spans of its transfers."""
+    transfers = [span for _, span in spans if span.name == "kv_transfer"]
+    assert transfers
+    return {a.value.string_value for span in transfers for a in span.attributes if a.key == "baton.transfer.transport"}
+
+
+def carried_ways(cluster: Cluster) -> set[str]:
+    """The same, as the workers' own status has it."""
+    return {way.transport for status in statuses(cluster).values() for way in status.ways}
 
 
 def roots_of(spans: list[tuple[str, Any]]) -> list[Any]:
