@@ -31,13 +31,14 @@ from ..core.ids import BlockId, TicketId
 from ..core.segment import RankLost
 from ..core.tickets import Piece
 from .capability import Answer, Capability, Site, answer_from_bytes, capability_from_bytes, to_bytes, why_not_mapped
+from .copying import runs
 from .encoding import Damaged, Wire
 from .integrity import checksums
-from .mapping import Mapping, fence, runs
+from .mapping import Mapping, fence
 from .messages import Delivery, Hello, PeerLost, Returned
 from .pool import BlockPool
 from .streams import Stream, Streams
-from .transport import Moved, moved
+from .transport import Moved, moved, parts
 
 Greet = Callable[[str, bytes], bytes]
 """Carries a record to the rank of an inbox and brings its answer. Raises TransferFailed."""
@@ -228,36 +229,34 @@ class MappedTransport:
         stream = self.meet(reader)
         # They stand as long as the loan does: any later holder has others.
         generations = self._site.generations.of(blocks)
-        most = max(1, _PART_BYTES // self._site.pool.block_bytes)
-        for at in range(0, max(1, len(blocks)), most):
-            part = slice(at, at + most)
-            over = at + most >= len(blocks)
+        done = 0
+        for part, named in parts(piece, blocks, _PART_BYTES // self._site.pool.block_bytes):
             stream.send(
                 replace(
-                    piece,
-                    blocks=piece.blocks[part],
-                    source_blocks=blocks[part],
-                    generations=generations[part],
-                    checksums=self._checksums(piece.ticket_id, piece.blocks[part], blocks[part]),
-                    last=piece.last and over,
-                    first_token=piece.first_token if over else None,
+                    part,
+                    source_blocks=tuple(named),
+                    generations=generations[done : done + len(named)],
+                    checksums=self._checksums(part, named),
                 )
             )
+            done += len(named)
         with self._lock:
             self._announced[piece.ticket_id] = self._announced.get(piece.ticket_id, 0) + 1
         return moved(self.name, len(blocks) * self._site.pool.block_bytes, len(blocks), start)
 
-    def _checksums(self, ticket_id: TicketId, indices: tuple[int, ...], blocks: tuple[BlockId, ...]) -> tuple[int, ...]:
+    def _checksums(self, piece: Piece, blocks: Sequence[BlockId]) -> tuple[int, ...]:
         if not self._site.checked:
             return ()
-        pool = self._site.pool
+        pool, ticket, indices = self._site.pool, piece.ticket_id, piece.blocks
         host = pool.host if isinstance(pool, BlockPool) else None
         most = max(1, _CHUNK_BYTES // pool.block_bytes)
         found: list[int] = []
-        for run in runs([(block, block) for block in blocks], most) if host is not None else _slices(blocks, most):
-            part = blocks[run.start : run.stop]
-            bytes_of = pool.gather(part) if host is None else host[part[0] : part[-1] + 1]
-            found += checksums(ticket_id, indices[run.start : run.stop], bytes_of)
+        if host is None:
+            for at in range(0, len(blocks), most):
+                found += checksums(ticket, indices[at : at + most], pool.gather(blocks[at : at + most]))
+        else:
+            for start, stop in runs(most, blocks):
+                found += checksums(ticket, indices[start:stop], host[blocks[start] : blocks[start] + stop - start])
         return tuple(found)
 
     # Reader
@@ -376,7 +375,3 @@ class MappedTransport:
 
     def _open(self) -> list[Reader]:
         return [one for one in self._readers.values() if one.stream is not None]
-
-
-def _slices(blocks: Sequence[BlockId], most: int) -> list[range]:
-    return [range(at, min(at + most, len(blocks))) for at in range(0, len(blocks), most)]

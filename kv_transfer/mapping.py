@@ -1,7 +1,7 @@
 """A source's KV pool in a reader's memory: opened once, read only, and copied from for as long as the source lives."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 
 import numpy as np
@@ -13,12 +13,12 @@ from ..core.ids import BlockId, Epoch
 from ..core.segment import WORD, Fence, Segment
 from ..core.tickets import Piece
 from .capability import Capability
-from .integrity import Bytes, bad_blocks
+from .copying import bad_positions, copy_rows
+from .integrity import Bytes
 from .pool import BlockPool, Blocks
 from .rank_pools import RankPools
 
 _PROBE_BYTES = 4 << 20
-_CHUNK_BYTES = 1 << 18  # copied, then checked while it is in the cache
 _STAGED_BYTES = 4 << 20  # at a time, where both sides hold the heads differently
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -77,21 +77,9 @@ class Mapping:
         positions of those that do not have their checksums."""
         host = pool.host if isinstance(pool, BlockPool) else None
         if host is not None and self.plain is not None:
-            return self._copy_plain(piece, into, host, at)
+            named, targets = [piece.source_blocks[i] for i in at], [into[i] for i in at]
+            return copy_rows(piece, at, self.plain, named, host, targets)
         return self._copy_staged(piece, into, pool, at)
-
-    def _copy_plain(self, piece: Piece, into: Sequence[BlockId], host: Bytes, at: Sequence[int]) -> list[int]:
-        """Straight from pool to pool, neighbours as one."""
-        assert self.plain is not None
-        bad: list[int] = []
-        most = max(1, _CHUNK_BYTES // host.shape[1]) if piece.checksums else len(at)
-        for run in runs([(piece.source_blocks[i], into[i]) for i in at], most):
-            positions = at[run.start : run.stop]
-            source, target = piece.source_blocks[positions[0]], into[positions[0]]
-            arrived = host[target : target + len(run)]
-            np.copyto(arrived, self.plain[source : source + len(run)])
-            bad += _bad(piece, positions, arrived)
-        return bad
 
     def _copy_staged(self, piece: Piece, into: Sequence[BlockId], pool: Blocks, at: Sequence[int]) -> list[int]:
         """By way of whole blocks: one side holds the heads otherwise than the other."""
@@ -103,31 +91,14 @@ class Mapping:
             data = self.blocks.gather(named) if self.blocks is not None else self._pools[0][named]
             targets = [into[i] for i in positions]
             pool.scatter(targets, data)
-            bad += _bad(piece, positions, pool.gather(targets) if piece.checksums else data)
+            if piece.checksums:
+                bad += bad_positions(piece, positions, pool.gather(targets))
         return bad
-
-
-def runs(pairs: Sequence[tuple[int, int]], most: int) -> Iterator[range]:
-    """Positions of pairs of which each is the next one's predecessor on both sides, at most so many together."""
-    start = 0
-    for i in range(1, len(pairs) + 1):
-        follows = i < len(pairs) and pairs[i] == (pairs[i - 1][0] + 1, pairs[i - 1][1] + 1)
-        if not follows or i - start == most:
-            yield range(start, i)
-            start = i
 
 
 def fence() -> None:
     """What comes before it is done before what comes after, for whoever shares memory with us."""
     Fence()()
-
-
-def _bad(piece: Piece, positions: Sequence[int], blocks: Bytes) -> list[int]:
-    if not piece.checksums:
-        return []
-    place = {piece.blocks[i]: i for i in positions}
-    sums = [piece.checksums[i] for i in positions]
-    return [place[index] for index in bad_blocks(piece.ticket_id, list(place), blocks, sums)]
 
 
 def _open(address: str, size: int) -> Bytes:

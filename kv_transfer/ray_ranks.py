@@ -21,22 +21,24 @@ class RayRanks:
         self._actors: dict[str, Any] = {}
         self._lock = Lock()
 
-    def deliver(self, inbox: str, message: bytes, refs: list[Any], timeout_s: float | None) -> None:
-        """timeout_s: None does not wait. Raises RayError (the actor is gone, late, or its inbox full) or ValueError (no
-        actor of that name)."""
-        call = self._actor(inbox).deliver.remote(message, refs)
-        if timeout_s is not None:
-            self._wait(inbox, call, timeout_s)
+    def send(self, inbox: str, message: bytes, refs: list[Any]) -> Any:
+        """Begins to deliver; messages to one inbox keep their order. Gives what `wait` waits for. Raises RayError (the
+        actor is gone) or ValueError (no actor of that name)."""
+        return self._actor(inbox).deliver.remote(message, refs)
+
+    def wait(self, inbox: str, sent: list[Any], timeout_s: float) -> None:
+        """Until all of it is delivered. Raises RayError: the actor is gone, late, or its inbox full."""
+        self._get(inbox, sent, timeout_s)
 
     def greet(self, inbox: str, record: bytes) -> bytes:
         """Raises TransferFailed."""
         try:
-            answer: bytes = self._wait(inbox, self._actor(inbox).greet.remote(record), _GREET_S)
+            answer: bytes = self._get(inbox, self._actor(inbox).greet.remote(record), _GREET_S)
         except (RayError, ValueError) as error:
             raise TransferFailed(short(error)) from None
         return answer
 
-    def _wait(self, inbox: str, call: Any, timeout_s: float) -> Any:
+    def _get(self, inbox: str, call: Any, timeout_s: float) -> Any:
         try:
             return ray.get(call, timeout=timeout_s)
         except RayError:

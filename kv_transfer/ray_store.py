@@ -1,19 +1,21 @@
 """Ray's object store: the way that always works.
 
-Per piece ONE object, a numpy view of the gathered blocks (a torch tensor would be pickled both ways), and ONE actor
-call to the reader's rank that carries the piece and the object's ref, nested in a list so that Ray doesn't resolve it.
+Per part of a piece ONE object, numpy arrays of its blocks (a torch tensor would be pickled both ways), and ONE actor
+call to the reader's rank that carries the part and the object's ref, nested in a list so that Ray doesn't resolve it.
 The source keeps its ref until `withdraw`; the reader's copy of the ref keeps the bytes alive while it reads.
+
+Large blocks go from the pool into the store by themselves; small ones are gathered first, as each array costs time.
 """
 
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from threading import Lock
 from time import time_ns
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import ray
 from ray.exceptions import RayError
 
@@ -21,13 +23,17 @@ from ..core.errors import CorruptPiece, TransferFailed
 from ..core.frames import Way
 from ..core.ids import BlockId, TicketId
 from ..core.tickets import Piece
+from .copying import bad_positions, copy_rows, runs
 from .encoding import encode
-from .integrity import Bytes
+from .integrity import Bytes, checksums
 from .messages import Delivery, Returned
-from .pool import Blocks
+from .pool import BlockPool, Blocks
 from .ray_ranks import RayRanks, short
-from .transport import Moved, moved, read, write_verified
+from .transport import Moved, moved, parts
 
+_PART_BYTES = 32 << 20  # the reader takes one while the next one is put
+_LARGE = 1 << 18  # blocks from this size on go into the store without being gathered
+_CHUNK_BYTES = 1 << 20  # of checksums at a time
 _ANNOUNCE_S = 20.0
 _READ_S = 30.0
 _THREADS = 2
@@ -79,39 +85,78 @@ class RayStoreTransport:
 
     def _offer(self, piece: Piece, blocks: tuple[BlockId, ...], reader: str) -> Moved:
         start = time_ns()
-        piece, data = read(self._pool, piece, blocks, checked=self._checked)
+        refs: list[Any] = []
         try:
-            refs = [ray.put(data)] if blocks else []
-            self._ranks.deliver(reader, encode(piece), refs, _ANNOUNCE_S)
+            sent = []
+            for part, named in parts(piece, blocks, _PART_BYTES // self._pool.block_bytes):
+                about, arrays = self._read(part, named)
+                put = [ray.put(arrays)] if named else []
+                refs += put
+                sent.append(self._ranks.send(reader, encode(about), put))
+            self._ranks.wait(reader, sent, _ANNOUNCE_S)
         except (RayError, ValueError) as error:
             raise TransferFailed(f"the decode worker's rank did not take the KV: {short(error)}") from None
         with self._lock:
             self._kept.setdefault(piece.ticket_id, []).extend(refs)
-        return moved(self.name, data.nbytes, len(blocks), start)
+        return moved(self.name, len(blocks) * self._pool.block_bytes, len(blocks), start)
+
+    def _read(self, piece: Piece, blocks: Sequence[BlockId]) -> tuple[Piece, list[Bytes]]:
+        """The blocks as arrays [n, B] u8, one after the other, and the piece with its checksums, if it has any."""
+        host = self._pool.host if isinstance(self._pool, BlockPool) else None
+        if host is None or self._pool.block_bytes < _LARGE:
+            arrays = [self._pool.gather(blocks)]
+        else:
+            arrays = [host[blocks[a] : blocks[a] + b - a] for a, b in runs(len(blocks), blocks)]
+        sums: list[int] = []
+        if self._checked:
+            for array in arrays:
+                for at in range(0, len(array), most := max(1, _CHUNK_BYTES // array.shape[1])):
+                    rows = array[at : at + most]
+                    sums += checksums(piece.ticket_id, piece.blocks[len(sums) : len(sums) + len(rows)], rows)
+        return replace(piece, checksums=tuple(sums)), arrays
 
     def _pull(self, delivery: Delivery, into: tuple[BlockId, ...]) -> Moved:
         piece, start = delivery.message, time_ns()
         assert isinstance(piece, Piece)
-        try:
-            write_verified(self._pool, piece, self._fetch(delivery), into)
-        except CorruptPiece:
-            _log.warning("a piece of ticket %s arrived damaged, reading it again", piece.ticket_id)
-            write_verified(self._pool, piece, self._fetch(delivery), into)
+        bad = self._write(piece, self._fetch(delivery), into, range(len(into)))
+        if bad:
+            _log.warning("%d blocks of ticket %s arrived damaged, reading them again", len(bad), piece.ticket_id)
+            bad = self._write(piece, self._fetch(delivery), into, bad)
+        if bad:
+            raise CorruptPiece(f"{len(bad)} of {len(into)} KV blocks arrived damaged (first: {piece.blocks[bad[0]]})")
         return moved(self.name, len(into) * self._pool.block_bytes, len(into), start)
 
-    def _fetch(self, delivery: Delivery) -> Bytes:
+    def _write(self, piece: Piece, arrays: Sequence[Bytes], into: Sequence[BlockId], at: Sequence[int]) -> list[int]:
+        """The piece's blocks at these positions into our pool. Gives the positions of those that are bad."""
+        if sum(map(len, arrays)) != len(piece.blocks) or len(piece.checksums) not in (0, len(piece.blocks)):
+            return list(at)
+        host = self._pool.host if isinstance(self._pool, BlockPool) else None
+        bad, first = [], 0
+        for array in arrays:
+            here = [i for i in at if first <= i < first + len(array)]
+            named, targets = [i - first for i in here], [into[i] for i in here]
+            if host is not None:
+                bad += copy_rows(piece, here, array, named, host, targets)
+            elif here:
+                rows = array if len(here) == len(array) else array[named]
+                bad += bad_positions(piece, here, rows)
+                self._pool.scatter(targets, rows)
+            first += len(array)
+        return bad
+
+    def _fetch(self, delivery: Delivery) -> list[Bytes]:
         if not delivery.handles:
-            return np.empty((0, self._pool.block_bytes), dtype=np.uint8)
+            return []
         try:
             ref: Any = delivery.handles[0]
-            data: Bytes = ray.get(ref, timeout=_READ_S)
+            arrays: list[Bytes] = ray.get(ref, timeout=_READ_S)
         except (RayError, TimeoutError) as error:
             raise TransferFailed(f"the KV could not be read from its source: {short(error)}") from None
-        return data
+        return arrays
 
     def _tell(self, inbox: str, message: Returned) -> None:
         try:
             # Not waited for: a peer that hangs would delay what others are told.
-            self._ranks.deliver(inbox, encode(message), [], None)
+            self._ranks.send(inbox, encode(message), [])
         except (RayError, ValueError) as error:
             _log.info("rank %s was not told of ticket %s: %s", inbox, message.ticket_id, short(error))

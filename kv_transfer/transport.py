@@ -4,7 +4,7 @@ Geometry, epochs and inboxes travel with every ticket and piece, and the reader'
 and pulls need not know whether a transport has sessions beneath.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from time import time_ns
@@ -73,10 +73,24 @@ class Transport(Protocol):
         """Objects of the transport that still keep offered bytes, for the ledger dump."""
 
 
-def read(pool: Blocks, piece: Piece, blocks: Sequence[BlockId], *, checked: bool = True) -> tuple[Piece, Bytes]:
-    """The bytes of an offer, [n, B] u8, and the piece with its checksums, if it shall have them."""
+def read(pool: Blocks, piece: Piece, blocks: Sequence[BlockId]) -> tuple[Piece, Bytes]:
+    """The bytes of an offer, [n, B] u8, and the piece with its checksums."""
     data = pool.gather(blocks)
-    return replace(piece, checksums=checksums(piece.ticket_id, piece.blocks, data) if checked else ()), data
+    return replace(piece, checksums=checksums(piece.ticket_id, piece.blocks, data)), data
+
+
+def parts(piece: Piece, blocks: Sequence[BlockId], most: int) -> Iterator[tuple[Piece, Sequence[BlockId]]]:
+    """The piece as pieces of at most so many blocks, at least one. What ends it, only the last one says."""
+    most = max(1, most)
+    for at in range(0, max(1, len(blocks)), most):
+        over = at + most >= len(blocks)
+        part = replace(
+            piece,
+            blocks=piece.blocks[at : at + most],
+            last=piece.last and over,
+            first_token=piece.first_token if over else None,
+        )
+        yield part, blocks[at : at + most]
 
 
 def write_verified(pool: Blocks, piece: Piece, data: Bytes, into: Sequence[BlockId]) -> None:

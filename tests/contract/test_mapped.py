@@ -85,7 +85,7 @@ class TestMapped(TransportContract):
                 into[-1, 100] ^= 1
             copied.append(len(into))
 
-        monkeypatch.setattr("baton.kv_transfer.mapping.np.copyto", damages_the_first)
+        monkeypatch.setattr("baton.kv_transfer.copying.np.copyto", damages_the_first)
         reader.transport.pull(reader.next_delivery(), ids(3, 4, 0)).result(WAIT_S)
         assert copied == [2, 1, 1]
         assert bool((reader.pool[[0, 3, 4]] == 7).all())
@@ -298,7 +298,7 @@ def test_a_block_that_is_reused_under_the_copy_fails_the_pull(
             source.do("allocate", BLOCKS, 8)
         plain(into, data)
 
-    monkeypatch.setattr("baton.kv_transfer.mapping.np.copyto", copies_one)
+    monkeypatch.setattr("baton.kv_transfer.copying.np.copyto", copies_one)
     with pytest.raises(LeaseExpired):
         reader.transport.pull(delivery, ids(0, 1, 2, 3)).result(WAIT_S)
     assert copied.is_set()
@@ -342,7 +342,7 @@ def test_a_source_killed_under_the_copy_fails_the_pull(far: tuple[Far, End], mon
         source.process.join(WAIT_S)
         plain(into, data)
 
-    monkeypatch.setattr("baton.kv_transfer.mapping.np.copyto", kills_first)
+    monkeypatch.setattr("baton.kv_transfer.copying.np.copyto", kills_first)
     with pytest.raises(TransferFailed, match="ended while"):
         reader.transport.pull(delivery, ids(0, 1)).result(WAIT_S)
 

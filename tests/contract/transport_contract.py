@@ -169,15 +169,3 @@ class SnapshotContract(TransportContract):
         reader.transport.pull(reader.next_delivery(), ids(4)).result(WAIT_S)
         assert bool((reader.pool[4] == 9).all())
         source.transport.withdraw(TicketId("t"))
-
-    def test_a_wrong_checksum_writes_nothing(self, ends: tuple[End, End]) -> None:
-        source, reader = ends
-        source.pool[:] = 7
-        source.transport.offer(piece((0,)), ids(1), reader.name).result(WAIT_S)
-        delivery = reader.next_delivery()
-        assert isinstance(delivery.message, Piece)
-        damaged = replace(delivery.message, checksums=(delivery.message.checksums[0] ^ 1,))
-        with pytest.raises(CorruptPiece):
-            reader.transport.pull(Delivery(damaged, delivery.handles), ids(1)).result(WAIT_S)
-        assert not bool(reader.pool.any())
-        source.transport.withdraw(TicketId("t"))

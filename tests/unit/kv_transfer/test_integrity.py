@@ -1,8 +1,9 @@
+from collections import Counter
 from hashlib import blake2b
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from baton.core.ids import TicketId
@@ -22,16 +23,15 @@ def weight(k: int) -> int:
 
 
 def by_definition(ticket: str, index: int, block: bytes, row_words: int) -> int:
-    words = [int.from_bytes(block[at : at + 4], "little") for at in range(0, len(block), 4)]
-    sums = [
-        sum(x * weight(k) for k, x in enumerate(words[at : at + row_words])) % 2**64
-        for at in range(0, len(words), row_words)
-    ]
-    text = f"{ticket}:{index}:".encode() + b"".join(one.to_bytes(8, "little") for one in sums)
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
+    words = [int.from_bytes(block[at : at + 8], "little") for at in range(0, len(block), 8)]
+    rows = [words[at : at + row_words] for at in range(0, len(words), row_words)]
+    sums = [sum(x * weight(k) for k, x in enumerate(row)) % 2**64 for row in rows]
+    halves = [half for one in sums + [row[0] for row in rows] for half in (one % 2**32, one >> 32)]
+    start = int.from_bytes(blake2b(ticket.encode(), digest_size=8).digest(), "little")
+    return (sum(x * weight(k) for k, x in enumerate(halves)) + start + index * 0x9E3779B97F4A7C15) % 2**64
 
 
-@pytest.mark.parametrize(("block_bytes", "row_words"), [(64, 16), (4096, 1024), (12288, 1024), (1000, 2)])
+@pytest.mark.parametrize(("block_bytes", "row_words"), [(64, 8), (4096, 128), (12288, 128), (1000, 1)])
 def test_it_is_what_its_definition_says(block_bytes: int, row_words: int) -> None:
     blocks = np.random.default_rng(block_bytes).integers(0, 256, (3, block_bytes), dtype=np.uint8)
     expected = tuple(by_definition("t", index, blocks[i].tobytes(), row_words) for i, index in enumerate((4, 0, 9)))
@@ -53,21 +53,42 @@ def test_every_flipped_bit_is_found_in_its_block() -> None:
 
 @given(st.data())
 def test_the_same_bit_flipped_in_any_words_is_found(data: st.DataObject) -> None:
-    """As by a broken line of a bus, top bits of words among them."""
+    """As by a broken line of a bus, the highest bits of words among them."""
     words = np.random.default_rng(1).integers(0, 2**64, (1, 2048), dtype=np.uint64)
     found = checksums(T, (0,), words.view(np.uint8))
     bit = data.draw(st.integers(0, 63))
-    for at in data.draw(st.sets(st.integers(0, 2047), min_size=1, max_size=40)):
+    flipped = data.draw(st.sets(st.integers(0, 2047), min_size=1, max_size=40))
+    per_row = Counter(at // 128 for at in flipped)
+    # Else it may go unnoticed: see integrity.py.
+    assume(bit < 32 or any(count % 2 for count in per_row.values()) or any(at % 128 == 0 for at in flipped))
+    for at in flipped:
         words[0, at] ^= np.uint64(1 << bit)
     assert checksums(T, (0,), words.view(np.uint8)) != found
 
 
-def test_all_signs_flipped_and_exchanged_rows_are_found() -> None:
+def test_all_signs_flipped_are_found() -> None:
     block = np.random.default_rng(2).standard_normal((1, 8192)).astype(np.float32)
+    assert checksums(T, (0,), block.view(np.uint8)) != checksums(T, (0,), (-block).view(np.uint8))
+
+
+def test_the_blind_spot_is_no_larger_than_said() -> None:
+    """Two highest bits of a row vanish; with any other bit beside them they do not."""
+    block = np.random.default_rng(2).integers(0, 2**64, (1, 2048), dtype=np.uint64)
     found = checksums(T, (0,), block.view(np.uint8))
-    assert checksums(T, (0,), (-block).view(np.uint8)) != found
-    rows = block.reshape(8, 1024)[[1, 0, 2, 3, 4, 5, 6, 7]].reshape(1, -1)
-    assert checksums(T, (0,), np.ascontiguousarray(rows).view(np.uint8)) != found
+    block[0, [3, 7]] ^= np.uint64(1 << 63)
+    assert checksums(T, (0,), block.view(np.uint8)) == found
+    for bit in range(63):
+        block[0, 5] ^= np.uint64(1 << bit)
+        assert checksums(T, (0,), block.view(np.uint8)) != found
+        block[0, 5] ^= np.uint64(1 << bit)
+
+
+def test_exchanged_rows_and_words_are_found() -> None:
+    block = np.random.default_rng(2).integers(0, 2**64, (1, 2048), dtype=np.uint64)
+    found = checksums(T, (0,), block.view(np.uint8))
+    rows = block.reshape(16, 128)
+    for other in (rows[np.arange(16) ^ 1], rows[:, np.arange(128) ^ 1]):
+        assert checksums(T, (0,), np.ascontiguousarray(other).view(np.uint8).reshape(1, -1)) != found
 
 
 def test_right_bytes_in_the_wrong_place_or_of_another_ticket_are_bad() -> None:
