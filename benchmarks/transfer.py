@@ -369,7 +369,7 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             blocks = ["64 KiB"] if args.quick else list(LAYERS)
-            rounds, small = (2, 50) if args.quick else (args.rounds, 500)
+            rounds, small = (6, 50) if args.quick else (args.rounds, 500)
             rows, latencies, checks = measure(rounds, small, blocks, folder)
     finally:
         ray.shutdown()

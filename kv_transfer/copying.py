@@ -5,8 +5,9 @@ from itertools import pairwise
 
 import numpy as np
 
+from ..core.ids import TicketId
 from ..core.tickets import Piece
-from .integrity import Bytes, checksums
+from .integrity import Bytes, RowSums, checksums
 
 _CHUNK_BYTES = 1 << 18  # copied, then checked while it is in the cache
 
@@ -19,15 +20,29 @@ def copy_rows(
     rows [n, B] u8, host [N, B] u8, nobody else's at `into`. Gives the positions of those that do not have their
     checksums there. Where the piece has none, all are taken to be good.
     """
-    bad: list[int] = []
-    most = max(1, _CHUNK_BYTES // host.shape[1]) if piece.checksums else max(1, len(at))
+    if not at:
+        return []
+    sums = RowSums(host, len(at)) if piece.checksums else None
+    most = max(1, _CHUNK_BYTES // host.shape[1]) if sums is not None else len(at)
     for start, stop in runs(most, named, into):
         source, target, count = named[start], into[start], stop - start
-        arrived = host[target : target + count]
-        np.copyto(arrived, rows[source : source + count])
-        if piece.checksums:
-            bad += bad_positions(piece, at[start:stop], arrived)
-    return bad
+        np.copyto(host[target : target + count], rows[source : source + count])
+        if sums is not None:
+            sums.take(start, target, count)
+    if sums is None:
+        return []
+    found = sums.checksums(piece.ticket_id, [piece.blocks[i] for i in at], into)
+    return [i for i, one in zip(at, found, strict=True) if one != piece.checksums[i]]
+
+
+def checksums_of(ticket_id: TicketId, indices: Sequence[int], host: Bytes, blocks: Sequence[int]) -> tuple[int, ...]:
+    """Of these blocks of a pool [N, B] u8, without a copy."""
+    if not blocks:
+        return ()
+    sums = RowSums(host, len(blocks))
+    for start, stop in runs(max(1, _CHUNK_BYTES // host.shape[1]), blocks):
+        sums.take(start, blocks[start], stop - start)
+    return sums.checksums(ticket_id, indices, blocks)
 
 
 def bad_positions(piece: Piece, at: Sequence[int], blocks: Bytes) -> list[int]:

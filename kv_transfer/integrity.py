@@ -1,6 +1,6 @@
 """Checksums of KV blocks, 64 bits for each, made where a block is read and checked where it has arrived.
 
-A block is a table of 64-bit words x, 128 in a row. Each row r has a multilinear sum over fixed odd weights,
+A block is a table of 64-bit words x, 256 in a row. Each row r has a multilinear sum over fixed odd weights,
 
     s_r = w_0 x_r0 + w_1 x_r1 + ...   mod 2^64
 
@@ -38,25 +38,44 @@ from ..core.ids import TicketId
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
 
-_ROW_WORDS = 128
+_ROW_WORDS = 256
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+
+
+class RowSums:
+    """Of some blocks of a pool: taken block by block, while each is in the cache, then made checksums together."""
+
+    def __init__(self, pool: Bytes, count: int) -> None:
+        """pool [N, B] u8, its rows contiguous, B a multiple of 8. count: of blocks that are to be taken."""
+        num_blocks, block_bytes = pool.shape
+        self._row_words = gcd(block_bytes // 8, _ROW_WORDS)
+        self._words = pool.view(np.uint64).reshape(num_blocks, -1, self._row_words)
+        self._rows = self._words.shape[1]
+        self._weights = _weights(self._row_words)
+        self._sums = np.empty(count * self._rows, dtype=np.uint64)
+
+    def take(self, at: int, block: int, count: int) -> None:
+        """The at-th of those to be taken is this block; so many neighbours follow it."""
+        words = self._words[block : block + count].reshape(-1, self._row_words)
+        words.dot(self._weights, out=self._sums[at * self._rows : (at + count) * self._rows])
+
+    def checksums(self, ticket_id: TicketId, indices: Sequence[int], blocks: Sequence[int]) -> tuple[int, ...]:
+        """Of all that were taken, which were these blocks and have these indices in the prompt."""
+        firsts = self._words[np.asarray(blocks, dtype=np.int64), :, 0]
+        table = np.concatenate((self._sums.reshape(firsts.shape), firsts), axis=1)
+        whole = table.view(np.uint32).dot(_weights(4 * self._rows)).tolist()
+        start = int.from_bytes(blake2b(ticket_id.encode(), digest_size=8).digest(), "little")
+        return tuple([(one + start + index * _GOLDEN) & _MASK for one, index in zip(whole, indices, strict=True)])
 
 
 def checksums(ticket_id: TicketId, indices: Sequence[int], blocks: Bytes) -> tuple[int, ...]:
     """blocks [n, B] u8, contiguous, in the order of `indices`; B a multiple of 8."""
     if not len(blocks):
         return ()
-    count, block_bytes = blocks.shape
-    row_words = gcd(block_bytes // 8, _ROW_WORDS)
-    words = blocks.reshape(-1).view(np.uint64).reshape(count, -1, row_words)
-    rows = words.shape[1]
-    table = np.empty((count, 2 * rows), dtype=np.uint64)
-    table[:, :rows] = words.reshape(-1, row_words).dot(_weights(row_words)).reshape(count, rows)
-    table[:, rows:] = words[:, :, 0]
-    whole = table.view(np.uint32).dot(_weights(4 * rows))
-    start = int.from_bytes(blake2b(ticket_id.encode(), digest_size=8).digest(), "little")
-    return tuple([(one + start + index * _GOLDEN) & _MASK for one, index in zip(whole.tolist(), indices, strict=True)])
+    sums = RowSums(blocks, len(blocks))
+    sums.take(0, 0, len(blocks))
+    return sums.checksums(ticket_id, indices, range(len(blocks)))
 
 
 def bad_blocks(ticket_id: TicketId, indices: Sequence[int], blocks: Bytes, expected: Sequence[int]) -> list[int]:

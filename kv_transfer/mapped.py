@@ -31,7 +31,7 @@ from ..core.ids import BlockId, TicketId
 from ..core.segment import RankLost
 from ..core.tickets import Piece
 from .capability import Answer, Capability, Site, answer_from_bytes, capability_from_bytes, to_bytes, why_not_mapped
-from .copying import runs
+from .copying import checksums_of
 from .encoding import Damaged, Wire
 from .integrity import checksums
 from .mapping import Mapping, fence
@@ -45,7 +45,6 @@ Greet = Callable[[str, bytes], bytes]
 
 _THREADS = 2
 _PART_BYTES = 8 << 20  # announced together: the reader copies them while the next ones' checksums are made
-_CHUNK_BYTES = 1 << 20  # of checksums at a time
 
 _log = logging.getLogger(__name__)
 
@@ -247,17 +246,11 @@ class MappedTransport:
     def _checksums(self, piece: Piece, blocks: Sequence[BlockId]) -> tuple[int, ...]:
         if not self._site.checked:
             return ()
-        pool, ticket, indices = self._site.pool, piece.ticket_id, piece.blocks
+        pool = self._site.pool
         host = pool.host if isinstance(pool, BlockPool) else None
-        most = max(1, _CHUNK_BYTES // pool.block_bytes)
-        found: list[int] = []
-        if host is None:
-            for at in range(0, len(blocks), most):
-                found += checksums(ticket, indices[at : at + most], pool.gather(blocks[at : at + most]))
-        else:
-            for start, stop in runs(most, blocks):
-                found += checksums(ticket, indices[start:stop], host[blocks[start] : blocks[start] + stop - start])
-        return tuple(found)
+        if host is not None:
+            return checksums_of(piece.ticket_id, piece.blocks, host, blocks)
+        return checksums(piece.ticket_id, piece.blocks, pool.gather(blocks))
 
     # Reader
 

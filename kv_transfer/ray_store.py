@@ -11,11 +11,12 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from threading import Lock
+from threading import Lock, local
 from time import time_ns
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import ray
 from ray.exceptions import RayError
 
@@ -23,7 +24,7 @@ from ..core.errors import CorruptPiece, TransferFailed
 from ..core.frames import Way
 from ..core.ids import BlockId, TicketId
 from ..core.tickets import Piece
-from .copying import bad_positions, copy_rows, runs
+from .copying import bad_positions, checksums_of, copy_rows, runs
 from .encoding import encode
 from .integrity import Bytes, checksums
 from .messages import Delivery, Returned
@@ -33,7 +34,6 @@ from .transport import Moved, moved, parts
 
 _PART_BYTES = 32 << 20  # the reader takes one while the next one is put
 _LARGE = 1 << 18  # blocks from this size on go into the store without being gathered
-_CHUNK_BYTES = 1 << 20  # of checksums at a time
 _ANNOUNCE_S = 20.0
 _READ_S = 30.0
 _THREADS = 2
@@ -57,6 +57,7 @@ class RayStoreTransport:
         self._tells = ThreadPoolExecutor(1, thread_name_prefix="kv-tell")
         self._kept: dict[TicketId, list[Any]] = {}
         self._lock = Lock()
+        self._staged = local()
 
     def offer(self, piece: Piece, blocks: Sequence[BlockId], reader: str) -> "Future[Moved]":
         return self._offers.submit(self._offer, piece, tuple(blocks), reader)
@@ -104,16 +105,20 @@ class RayStoreTransport:
         """The blocks as arrays [n, B] u8, one after the other, and the piece with its checksums, if it has any."""
         host = self._pool.host if isinstance(self._pool, BlockPool) else None
         if host is None or self._pool.block_bytes < _LARGE:
-            arrays = [self._pool.gather(blocks)]
+            rows = self._pool.gather(blocks) if host is None else self._gather(host, blocks)
+            arrays, sums = [rows], checksums(piece.ticket_id, piece.blocks, rows) if self._checked else ()
         else:
             arrays = [host[blocks[a] : blocks[a] + b - a] for a, b in runs(len(blocks), blocks)]
-        sums: list[int] = []
-        if self._checked:
-            for array in arrays:
-                for at in range(0, len(array), most := max(1, _CHUNK_BYTES // array.shape[1])):
-                    rows = array[at : at + most]
-                    sums += checksums(piece.ticket_id, piece.blocks[len(sums) : len(sums) + len(rows)], rows)
-        return replace(piece, checksums=tuple(sums)), arrays
+            sums = checksums_of(piece.ticket_id, piece.blocks, host, blocks) if self._checked else ()
+        return replace(piece, checksums=sums), arrays
+
+    def _gather(self, host: Bytes, blocks: Sequence[BlockId]) -> Bytes:
+        """Into memory of this thread, which is warm and its own until the next one: fresh memory costs more to get than
+        to fill."""
+        stage: Bytes | None = getattr(self._staged, "memory", None)
+        if stage is None or len(stage) < len(blocks):
+            stage = self._staged.memory = np.empty((len(blocks), host.shape[1]), dtype=np.uint8)
+        return np.take(host, blocks, axis=0, out=stage[: len(blocks)], mode="clip")
 
     def _pull(self, delivery: Delivery, into: tuple[BlockId, ...]) -> Moved:
         piece, start = delivery.message, time_ns()
