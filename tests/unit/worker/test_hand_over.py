@@ -170,6 +170,17 @@ class HandOver(RuleBasedStateMachine):
         self.reader.ledger.release(self.given.pop(data.draw(st.sampled_from(sorted(self.given)))))
 
     @rule()
+    def the_stream_between_them_closes(self) -> None:
+        for failure in self.landing.lost("P"):
+            assert isinstance(failure.error, BatonError)
+            assert failure.error.retryable
+        for loan in self.lending.lost("D"):
+            self._forget_source(loan.sequence_id)
+        assert self.lending.next_deadline() is None
+        assert self.landing.lost("P") == []
+        assert self.lending.lost("D") == []
+
+    @rule()
     def another_life_of_the_reader(self) -> None:
         self.new_reader()
         self.given.clear()
@@ -356,3 +367,40 @@ def test_a_lease_begins_anew_when_a_slow_announcement_has_arrived(sides: tuple[S
     source.crank.run()
     assert lending.poll(LEASE_S - 1) == []
     assert lending.next_deadline() == 2 * LEASE_S - 1
+
+
+def test_a_lost_source_fails_what_waits_for_it_and_nothing_else(sides: tuple[Side, Side]) -> None:
+    source, reader = sides
+    landing, lending = landing_of(reader), lending_of(source)
+    blocks = source.ledger.allocate(2)
+    for name, complete, token in (("half", 1, None), ("whole", 2, 3), ("unheard", 0, None)):
+        key = SequenceId(f"{name}/0")
+        lending.open(key, landing.reserve(key, TicketId(name), reader.ledger.allocate(2), [0, 1], 0.0))
+        lending.announce(key, blocks, complete, 0.0, token)
+    source.crank.run()
+    for delivery in reader.inbox.drain():
+        landing.accept(delivery, 0.0)
+    reader.crank.run()
+    assert landing.lost("another") == []
+    (failure,) = landing.lost("P")
+    assert (failure.sequence_id, failure.error.code, failure.error.retryable) == ("half/0", "WorkerLost", True)
+    (news,) = landing.poll(0.0)
+    assert isinstance(news, Landed)
+    assert news.reservation.sequence_id == "whole/0"
+    assert landing.open_reservations() == 2
+    assert reader.ledger.held_count == 4
+
+
+def test_a_lost_reader_gives_its_blocks_back_at_once(sides: tuple[Side, Side]) -> None:
+    source, reader = sides
+    landing, lending = landing_of(reader), lending_of(source)
+    key, blocks = SequenceId("a/0"), source.ledger.allocate(1)
+    lending.open(key, landing.reserve(key, TicketId("t"), reader.ledger.allocate(1), [0], 0.0))
+    lending.announce(key, blocks, 1, 0.0, first_token=3)
+    source.ledger.release(blocks)
+    source.crank.run()
+    assert lending.lost("another") == []
+    (failure,) = lending.lost("D")
+    assert (failure.sequence_id, failure.error.code) == (key, "WorkerLost")
+    assert source.ledger.held_count == 0
+    assert source.transport.living() == 0

@@ -8,6 +8,7 @@ import pytest
 from baton.core.frames import Release
 from baton.core.request import EndReason, Request, Sampling
 from baton.engine.sequence import Sequence
+from baton.kv_transfer.messages import Delivery, PeerLost
 from baton.observe import names
 from baton.wire.codec import frame_from_bytes
 from baton.worker.records import Kind
@@ -359,6 +360,28 @@ def test_another_routers_request_of_the_same_id_is_refused_and_the_first_goes_on
     pair.release(request.sequence_id, link=2)  # as a router does with whatever failed; it is not its to end
     pair.settle()
     assert pair.seen[request.sequence_id].answer == answer(prompt, 6)
+    pair.assert_clean()
+
+
+@pytest.mark.parametrize(("told", "peer"), [("P", "D"), ("D", "P")])
+def test_when_the_stream_to_a_peer_closes_the_router_hears_at_once(pair: Pair, told: str, peer: str) -> None:
+    key = pair.admit("a", prompt_of(1, 200), 20)
+    here = pair.workers[told]
+    for _ in range(100):
+        pair.turn()
+        states = {holder.state for holder in here.loop._role.survey().holders}
+        if states & {"lent", "reserved"} and pair.p.loop._role.lent_blocks():
+            break
+    here.inbox.put(Delivery(PeerLost("somebody else")))
+    here.loop.turn()
+    assert not pair.hear(here) or told not in pair.seen[key].ended
+    here.inbox.put(Delivery(PeerLost(peer)))
+    here.loop.turn()
+    pair.hear(here)
+    ended = pair.seen[key].ended[told]
+    assert (ended.reason, ended.error_code) == (EndReason.FAILED, "WorkerLost")
+    pair.release(key)
+    pair.settle()
     pair.assert_clean()
 
 
