@@ -1,6 +1,6 @@
 """How fast KV goes from one worker's pool into another's, beside a plain copy of as many bytes.
 
-    python -m benchmarks.transfer [--quick] [--rounds 7]
+    python -m benchmarks.transfer [--quick] [--rounds 15]
 
 Source and reader are Ray actors, each a process with one torch thread and a pool of its own. A transfer is 256 MiB of
 blocks scattered over both pools, from before the source offers them to when every byte is in the reader's pool and
@@ -350,7 +350,7 @@ def print_small(latencies: list[Latency]) -> bool:
 
 def main() -> int:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--rounds", type=int, default=7, help="of 256 MiB (default: %(default)s)")
+    flags.add_argument("--rounds", type=int, default=15, help="of 256 MiB (default: %(default)s)")
     flags.add_argument("--quick", action="store_true", help="one size of block, few rounds, no file")
     args = flags.parse_args()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
