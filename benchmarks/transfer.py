@@ -10,7 +10,8 @@ in turns with the transfers. "Bare" is what the object store costs by itself: `r
 `ray.get` there.
 
 Each row is judged by its quietest round, with the quietest plain copy: what else runs on a shared machine only ever
-adds. Medians stand beside it. Exits 1 when a target is missed.
+adds. Medians stand beside it, and the processor time that each side took, which waits for nobody: where that is far
+below the round's time, other work had the cores. Exits 1 when a target is missed.
 """
 
 import argparse
@@ -62,6 +63,10 @@ class Row:
     share: float  # of the plain copy, both in their quietest rounds
     median_share: float
     least: float
+    source_cpu_ms: float  # of a transfer, the least of the rounds
+    reader_cpu_ms: float
+    copy_cpu_ms: float  # of the plain copy
+    load: float  # processes that wanted to run, over the last minute
 
     @property
     def met(self) -> bool:
@@ -122,25 +127,27 @@ class End:
     def ready(self) -> int:
         return os.getpid()
 
-    def offers(self, reader: str, num_bytes: int, rounds: int) -> list[float]:
-        """When each began. The next waits for the reader's word."""
+    def offers(self, reader: str, num_bytes: int, rounds: int) -> tuple[list[float], list[float]]:
+        """When each began, and its processor time here. The next waits for the reader's word."""
         count = num_bytes // self._geometry.block_bytes
         blocks = [BlockId(block) for block in self._order[:count]]
-        begun = []
+        begun, cpu = [], []
         for _ in range(rounds):
+            before = time.process_time()
             begun.append(time.monotonic())
             offered = self._transport.offer(self._piece(count), blocks, reader)
             assert isinstance(self._next().message, Returned)
             offered.result(WAIT_S)
             self._transport.withdraw(TicketId("t"))
-        return begun
+            cpu.append(time.process_time() - before)
+        return begun, cpu
 
-    def takes(self, source: str, rounds: int, copy: bool) -> tuple[list[float], list[float]]:
-        """When each was here, and how long a plain copy took after it."""
-        ended, copies = [], []
+    def takes(self, source: str, rounds: int, copy: bool) -> tuple[list[float], list[float], list[float], list[float]]:
+        """When each was here, and how long a plain copy took after it; processor times of both."""
+        ended, copies, cpu, copy_cpu = [], [], [], []
         back = Returned(ticket_id=TicketId("t"), sequence_id=SequenceId("s/0"), source_epoch=Epoch(1))
         for _ in range(rounds):
-            pulls, last = [], False
+            pulls, last, before = [], False, time.process_time()
             while not last:
                 delivery = self._next()
                 piece = delivery.message
@@ -150,12 +157,14 @@ class End:
             for pull in pulls:
                 pull.result(WAIT_S)
             ended.append(time.monotonic())
+            cpu.append(time.process_time() - before)
             if copy:
-                begin = time.monotonic()
+                begin, before = time.monotonic(), time.process_time()
                 np.copyto(self._buffers[0], self._buffers[1])
                 copies.append(time.monotonic() - begin)
+                copy_cpu.append(time.process_time() - before)
             self._transport.tell(source, back)
-        return ended, copies
+        return ended, copies, cpu, copy_cpu
 
     def deliver(self, message: bytes, handles: Any) -> None:
         deliver(self._inbox, message, handles)
@@ -233,6 +242,17 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each round."""
+
+    transfers: list[float]
+    copies: list[float]
+    source_cpu: list[float]
+    reader_cpu: list[float]
+    copy_cpu: list[float]
+
+
 class Pair:
     """Both ends, for one way and one size of block."""
 
@@ -247,14 +267,14 @@ class Pair:
         )
         ray.get([self.source.ready.remote(), self.reader.ready.remote()])
 
-    def run(self, num_bytes: int, rounds: int, *, copy: bool) -> tuple[list[float], list[float]]:
-        """Seconds of each transfer, and of each plain copy."""
+    def run(self, num_bytes: int, rounds: int, *, copy: bool) -> "Times":
         import ray
 
         taking = self.reader.takes.remote(self.names[0], rounds, copy)
-        begun = ray.get(self.source.offers.remote(self.names[1], num_bytes, rounds))
-        ended, copies = ray.get(taking)
-        return [end - begin for begin, end in zip(begun, ended, strict=True)], copies
+        begun, source_cpu = ray.get(self.source.offers.remote(self.names[1], num_bytes, rounds))
+        ended, copies, reader_cpu, copy_cpu = ray.get(taking)
+        seconds = [end - begin for begin, end in zip(begun, ended, strict=True)]
+        return Times(seconds, copies, source_cpu, reader_cpu, copy_cpu)
 
     def close(self) -> None:
         import ray
@@ -274,8 +294,8 @@ def _actor() -> type:
     return Actor
 
 
-def row(way: str, checked: bool, block: str, seconds: list[float], copies: list[float]) -> Row:
-    best, median = min(seconds), statistics.median(seconds)
+def row(way: str, checked: bool, block: str, times: Times) -> Row:
+    copies, best, median = times.copies, min(times.transfers), statistics.median(times.transfers)
     return Row(
         way=way,
         checksums=checked,
@@ -285,6 +305,10 @@ def row(way: str, checked: bool, block: str, seconds: list[float], copies: list[
         share=min(copies) / best,
         median_share=statistics.median(copies) / median,
         least=LEAST[way, checked],
+        source_cpu_ms=min(times.source_cpu) * 1e3,
+        reader_cpu_ms=min(times.reader_cpu) * 1e3,
+        copy_cpu_ms=min(times.copy_cpu) * 1e3,
+        load=os.getloadavg()[0],
     )
 
 
@@ -307,12 +331,11 @@ def measure(rounds: int, small_rounds: int, blocks: list[str], folder: str) -> t
         for way, checked in WAYS:
             pair = Pair(LAYERS[block], way, checked, folder)
             pair.run(TOTAL, WARM, copy=True)
-            rows.append(row(way, checked, block, *pair.run(TOTAL, rounds, copy=True)))
+            rows.append(row(way, checked, block, pair.run(TOTAL, rounds, copy=True)))
             print_row(rows[-1])
             if block == "64 KiB" and checked:
                 pair.run(SMALL, small_rounds // 10, copy=False)
-                seconds, _ = pair.run(SMALL, small_rounds, copy=False)
-                latencies.append(latency(way, seconds))
+                latencies.append(latency(way, pair.run(SMALL, small_rounds, copy=False).transfers))
                 if way == "ray_store":
                     bare = ray.get(pair.source.puts.remote(pair.reader, small_rounds))
                     latencies.append(latency("bare", [end - begin for begin, end in bare]))
@@ -326,7 +349,8 @@ def print_row(one: Row) -> None:
     name = f"{one.way}, {'with' if one.checksums else 'no'} checksums, blocks of {one.block}"
     print(
         f"{'pass' if one.met else 'FAIL'}  {name:<46} {one.gb_per_s:5.2f} GB/s, {one.share:4.0%} of a plain copy (at"
-        f" least {one.least:.0%}); medians {one.median_gb_per_s:5.2f}, {one.median_share:4.0%}",
+        f" least {one.least:.0%}); medians {one.median_gb_per_s:5.2f}, {one.median_share:4.0%}; processor ms: source"
+        f" {one.source_cpu_ms:.0f}, reader {one.reader_cpu_ms:.0f}, copy {one.copy_cpu_ms:.0f}; load {one.load:.1f}",
         flush=True,
     )
 

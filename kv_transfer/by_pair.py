@@ -75,8 +75,7 @@ class PairTransport:
         site.inbox.greeter = self._answer
 
     def offer(self, piece: Piece, blocks: Sequence[BlockId], reader: str) -> "Future[Moved]":
-        with self._lock:
-            pair = self._pairs.setdefault(reader, _Pair())
+        pair = self._pair(reader)
         if self._mapped is None:
             return self._store.offer(piece, blocks, reader)
         if pair.mapped:
@@ -135,6 +134,22 @@ class PairTransport:
         if self._mapped is not None:
             self._mapped.__exit__(kind, error, at)
 
+    def _pair(self, reader: str) -> _Pair:
+        with self._lock:
+            known = self._pairs.get(reader)
+            if known is not None:
+                return known
+            if self._mapped is None:
+                reason = self._site.unmapped or f"this worker is pinned to {RAY_STORE}"
+                pair = self._pairs[reader] = _Pair(reason=reason, met=True)
+            else:
+                pair = self._pairs[reader] = _Pair()
+            while len(self._pairs) > _MOST_WAYS:
+                self._pairs.pop(next(iter(self._pairs)))
+        if pair.reason and self._site.transport != RAY_STORE:
+            _log.warning("KV for %s moves by %s: %s", reader, RAY_STORE, pair.reason)
+        return pair
+
     def _choose_and_offer(self, pair: _Pair, piece: Piece, blocks: Sequence[BlockId], reader: str) -> Moved:
         with pair.lock:
             if not pair.settled(self._clock()):
@@ -170,30 +185,33 @@ class PairTransport:
     def _patience(self) -> float:
         return 0.0 if self._site.transport == MAPPED else _AGAIN_S
 
-    def _step_down(self, reader: str, reason: str) -> None:
+    def _step_down(self, reader: str, reason: str) -> bool:
+        """False: it was down already."""
         with self._lock:
             pair = self._pairs.get(reader)
             if pair is None or not pair.mapped:
-                return
+                return False
             pair.mapped, pair.reason, pair.until = False, reason, self._clock() + self._patience
-        _log.warning("KV for %s moves by another way for a while: %s", reader, reason)
+        return True
+
+    def _fault(self, reader: str, reason: str) -> None:
+        if self._step_down(reader, reason):
+            _log.warning("KV for %s does not move by %s for a while: %s", reader, MAPPED, reason)
 
     def _offered(self, reader: str, ended: "Future[Moved]") -> None:
         error = None if ended.cancelled() else ended.exception()
         if isinstance(error, TransferFailed):
-            self._step_down(reader, str(error))
+            self._fault(reader, str(error))
 
     def _closed(self, reader: str) -> None:
-        """Of the streams' thread: a reader's has closed. It is dead, most likely, and nobody will ask again."""
-        self._step_down(reader, "its stream has closed")
-        with self._lock:
-            while len(self._pairs) > _MOST_WAYS:
-                self._pairs.pop(next(iter(self._pairs)))
+        """Of the streams' thread: a reader's has closed. It has ended, most likely, and nobody will ask again."""
+        if self._step_down(reader, "its stream has closed"):
+            _log.info("the stream to %s has closed", reader)
 
     def _returned(self, reader: str, message: Returned) -> None:
         """Of the streams' thread: what a reader says of a piece that it mapped."""
         if message.error_code in _FAULTS:
-            self._step_down(reader, message.error_message or message.error_code)
+            self._fault(reader, message.error_message or message.error_code)
 
     def _came_by_store(self, source: str) -> None:
         with self._lock:

@@ -108,6 +108,15 @@ def test_a_source_that_is_pinned_to_the_store_asks_nobody(pairs: Pairs) -> None:
     source, reader = pairs.end("P", transport="ray_store"), pairs.end("D")
     assert carry(source, reader) == "loopback"
     assert pairs.greeted == 0
+    assert ways(source) == {"D": ("ray_store", "this worker is pinned to ray_store")}
+
+
+def test_a_source_that_cannot_be_mapped_says_so_once_for_each_reader(
+    pairs: Pairs, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, reader = pairs.end("P", unmapped="the pool is on cuda"), pairs.end("D")
+    assert [carry(source, reader) for _ in range(2)] == ["loopback"] * 2
+    assert [record.message for record in caplog.records] == ["KV for D moves by ray_store: the pool is on cuda"]
 
 
 def test_the_probe_is_shown_on_both_sides(pairs: Pairs) -> None:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.cluster.config import SETTINGS, ServeConfig, find_file, load, read_api_keys
+from baton.cluster.config import SETTINGS, TRANSPORTS, ServeConfig, find_file, load, read_api_keys
 from baton.core.errors import ConfigError
 
 
@@ -15,6 +15,20 @@ def test_flags_go_before_environment_before_file_before_defaults(tmp_path: Path)
 
 def test_nothing_given_gives_the_defaults() -> None:
     assert load({}, {}, None) == ServeConfig()
+
+
+def test_what_may_carry_kv_is_named_as_the_transports_are() -> None:
+    from baton.kv_transfer.capability import TRANSPORTS as KNOWN
+
+    assert TRANSPORTS == KNOWN
+
+
+def test_checksums_are_switched_by_words_or_as_yaml_reads_them(tmp_path: Path) -> None:
+    file = tmp_path / "baton.yaml"
+    file.write_text("kv_checksums: off\n")
+    assert not load({}, {}, file).kv_checksums
+    assert load({"kv_checksums": "on"}, {"BATON_KV_CHECKSUMS": "off"}, file).kv_checksums
+    assert not load({}, {"BATON_KV_CHECKSUMS": "off"}, None).kv_checksums
 
 
 def test_workers_that_do_both_come_alone_unless_others_are_asked_for_too() -> None:
@@ -57,6 +71,8 @@ def test_an_empty_file_and_an_empty_variable_say_nothing(tmp_path: Path) -> None
         ({"kv_memory": "lots"}, {}, None, "512MiB"),
         ({"dtype": "int4"}, {}, None, "auto, bfloat16, float32"),
         ({"tp": "0"}, {}, None, "--tp"),
+        ({"transport": "pigeon"}, {}, None, "one of auto, mapped, ray_store"),
+        ({"kv_checksums": "maybe"}, {}, None, "one of on, off"),
         ({"block_tokens": "24"}, {}, None, "multiple of 16 from 16 to 256"),
         ({"block_tokens": "7"}, {}, None, "multiple of 16 from 16 to 256"),
         ({}, {"BATON_FROB": "1"}, None, "BATON_FROB. Known are"),
