@@ -72,6 +72,11 @@ def stream(device: torch.device) -> int:
     return torch.cuda.current_stream(index).cuda_stream
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has: that many thread blocks run at once, at one each."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def vector_rows(x: torch.Tensor) -> torch.Tensor:
     """x [T, H, D] itself where each row [H, D] is one run of 16-byte vectors, as kernels read it; else such a copy."""
     is_run = x.stride(2) == 1 and x.stride(1) == x.shape[2]

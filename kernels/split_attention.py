@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .build import stream, vector_rows
+from .build import multiprocessors, stream, vector_rows
 
 SPLIT_HEAD_SIZES = (64, 80, 96, 128)  # those that csrc/split_attention.cu is compiled for
 _COLUMNS = 8  # query heads that one thread block serves
@@ -51,7 +51,7 @@ def plan_split(
     workspace: SplitWorkspace | None = None,
 ) -> SplitPlan:
     """context_lens [S] i32."""
-    blocks = torch.cuda.get_device_properties(context_lens.device).multi_processor_count
+    blocks = multiprocessors(context_lens.device)
     runs = {}
     for window in windows:
         plan = torch.empty(len(context_lens) + 1 + blocks, dtype=torch.int32, device=context_lens.device)

@@ -14,10 +14,19 @@
 //     sum^T    [D, 8 heads]         += V^T [D, 16 tokens] weights^T [16 tokens, 8 heads]
 // Softmax is online (Milakov and Gimelshein, 2018), in base 2 and float32; weights are rounded to bfloat16.
 #include "common.cuh"
+#include "ptx.cuh"
 
 #include <cfloat>
 
 namespace {
+
+using baton::commit_copies;
+using baton::copy_16;
+using baton::load_matrices;
+using baton::load_transposed;
+using baton::multiply;
+using baton::transposed;
+using baton::wait_copies;
 
 constexpr int kStep = 16;      // tokens of one warp in a tile
 constexpr int kWarps = baton::kSharedBytes < (128 << 10) ? 4 : 8;  // as many as find room for their rings
@@ -52,36 +61,6 @@ __device__ __forceinline__ Span span_of(int length, int window) {
   const int begin = window > 0 ? max(0, length - window) : 0;
   const int first = begin / kTile;
   return {begin, length, first, max(1, (length + kTile - 1) / kTile - first)};
-}
-
-__device__ __forceinline__ void copy_16(uint32_t to, const void* from, bool there) {
-  const int size = there ? 16 : 0;  // of what is not copied there are zeros
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(size));
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(from));
-}
-
-__device__ __forceinline__ void load_transposed(uint32_t (&x)[4], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(from));
-}
-
-__device__ __forceinline__ uint32_t transposed(uint32_t x) {
-  uint32_t y;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(x));
-  return y;
-}
-
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};\n"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ uint32_t pack(float low, float high) {
@@ -164,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 1) split_decode(const Problem p) {
         copy_16(to + X::kHalf + row * X::kPitch + vec * 16, keys + plane + i * 8, there);
       }
     }
-    asm volatile("cp.async.commit_group;\n");
+    commit_copies();
   };
 
   Cursor ahead = at(p.plan[p.sequences + 1 + blockIdx.x], begin), now = ahead;
@@ -176,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 1) split_decode(const Problem p) {
       fetch(ahead, stage);
       if (++fetched < end) advance(ahead), ask(ahead);
     } else {
-      asm volatile("cp.async.commit_group;\n");
+      commit_copies();
     }
   }
 
@@ -200,13 +179,13 @@ __global__ void __launch_bounds__(kThreads, 1) split_decode(const Problem p) {
       total[0] = total[1] = 0.f;
     }
 
-    asm volatile("cp.async.wait_group %0;\n" ::"n"(X::kStages - 2));
+    wait_copies<X::kStages - 2>();
     __syncwarp();  // all lanes have what they asked for, and are done with the tile before
     if (fetched < end) {
       fetch(ahead, stage == 0 ? X::kStages - 1 : stage - 1);
       if (++fetched < end) advance(ahead), ask(ahead);
     } else {
-      asm volatile("cp.async.commit_group;\n");
+      commit_copies();
     }
     const int start = (now.span.first + now.tile) * kTile + warp * kStep;
     if (start < now.span.end && start + kStep > now.span.begin) {
