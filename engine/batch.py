@@ -3,9 +3,12 @@
 The tokens of a step: one per decoding sequence first, then the prompts' chunks, one after the other.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -58,10 +61,11 @@ class DeviceTables:
         self._pool = pool
         self._windows = windows
         self._workspace = Workspace()
-        self._staging = Staging(pool.device)
-        self._tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=pool.device)  # [R, W]
+        self.staging = Staging(pool.device)
+        self.nobody = max_rows  # the row of what only fills a step up
+        self._tables = torch.zeros(max_rows + 1, max_blocks, dtype=torch.int32, device=pool.device)  # [R + 1, W]
         self._flat_tables = self._tables.view(-1)
-        self._last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=pool.device)  # [R]
+        self._last_tokens = torch.zeros(max_rows + 1, dtype=torch.int64, device=pool.device)  # [R + 1]
         self._sampled_rows: Tensor | None = None  # of the last step, until it is told what they were given
 
     def accept(self, token_ids: Tensor) -> None:
@@ -74,47 +78,85 @@ class DeviceTables:
         """Takes the step's changes over; gives what the model needs."""
         num_decode, has_chunks = len(step.decode_rows), len(step.chunk_rows) > 0
         lens = step.positions[:num_decode] + 1
-        arrays: list[Array] = [step.decode_rows, lens.astype(np.int32), step.positions, step.slots]
-        if len(step.table_at):
-            arrays += (step.table_at, step.table_blocks)
-        if len(step.token_rows):
-            arrays += (step.token_rows, step.token_ids)
+        arrays: list[Array] = [step.decode_rows, lens.astype(np.int32), step.positions, step.slots, *changes_of(step)]
         if has_chunks:
             arrays += (step.chunk_rows, step.chunk_ids, step.sampled_rows)
         if len(step.wanted) < len(step.positions):
             arrays.append(step.wanted)
-        decode_rows, context_lens, positions, slots, *others = self._staging.send(arrays)
+        decode_rows, context_lens, positions, slots, *others = self.staging.send(arrays)
         sent = iter(others)
-        if len(step.table_at):
-            self._flat_tables.index_copy_(0, next(sent), next(sent))
-        if len(step.token_rows):
-            self._last_tokens.index_copy_(0, next(sent), next(sent))
-        token_ids = self._last_tokens.index_select(0, decode_rows)
-        self._sampled_rows = decode_rows
-        if has_chunks:
-            chunk_rows, chunk_ids, self._sampled_rows = next(sent), next(sent), next(sent)
-            token_ids = torch.cat((token_ids, chunk_ids))
+        self.change(step, sent)
+        if not has_chunks:
+            self.expect(decode_rows)
+            return self.decode_batch(decode_rows, context_lens, positions, slots, self._num_blocks(lens))
+        chunk_rows, chunk_ids, sampled_rows = next(sent), next(sent), next(sent)
+        self.expect(sampled_rows)
         return Batch(
-            token_ids=token_ids,
+            token_ids=torch.cat((self._last_tokens.index_select(0, decode_rows), chunk_ids)),
             positions=positions,
             slots=slots,
             write_plan=plan_write(self._pool, slots),
             num_decode=num_decode,
-            decode=self._decode(decode_rows, context_lens, int(lens.max())) if num_decode else None,
-            prefill=self._prefill(chunk_rows, step) if has_chunks else None,
+            decode=self._decode(decode_rows, context_lens, self._num_blocks(lens), self._workspace)
+            if num_decode
+            else None,
+            prefill=self._prefill(chunk_rows, step),
             wanted=next(sent, None),
         )
 
-    @property
-    def staging(self) -> Staging:
-        return self._staging
+    def decode_batch(
+        self,
+        rows: Tensor,
+        context_lens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        num_blocks: int | None = None,
+        workspace: Workspace | None = None,
+    ) -> Batch:
+        """A step in which every row decodes. Where kernels serve it can be captured, and makes, each time, what these
+        tensors then say.
 
-    def _decode(self, rows: Tensor, lens: Tensor, longest: int) -> DecodeRows:
-        tables = self._tables[:, : -(-longest // self._pool.shape[4])].index_select(0, rows)
-        return DecodeRows(tables, lens, plan_decode(self._pool, tables, lens, self._windows, self._workspace))
+        rows, positions, slots [S] i64, context_lens [S] i32; num_blocks: that none has more of; None: as many as fit.
+        workspace: kernels' memory, which a captured step keeps the address of; None: the one of all other steps.
+        """
+        return Batch(
+            token_ids=self._last_tokens.index_select(0, rows),
+            positions=positions,
+            slots=slots,
+            write_plan=plan_write(self._pool, slots),
+            num_decode=len(rows),
+            decode=self._decode(rows, context_lens, num_blocks, workspace or self._workspace),
+            prefill=None,
+            wanted=None,
+        )
+
+    def change(self, step: StepInput, sent: Iterator[Tensor]) -> None:
+        """Takes a step's changes over.    sent: its `changes_of`, on the device, and no more of them is taken."""
+        if len(step.table_at):
+            self._flat_tables.index_copy_(0, next(sent), next(sent))
+        if len(step.token_rows):
+            self._last_tokens.index_copy_(0, next(sent), next(sent))
+
+    def expect(self, sampled_rows: Tensor) -> None:
+        """These rows get a token after the step, by `accept`.    sampled_rows [S'] i64"""
+        self._sampled_rows = sampled_rows
+
+    def _decode(self, rows: Tensor, lens: Tensor, num_blocks: int | None, workspace: Workspace) -> DecodeRows:
+        tables = self._tables[:, :num_blocks].index_select(0, rows)
+        return DecodeRows(tables, lens, plan_decode(self._pool, tables, lens, self._windows, workspace))
 
     def _prefill(self, rows: Tensor, step: StepInput) -> PrefillRows:
         contexts = step.chunk_starts + step.chunk_counts
-        tables = self._tables[:, : -(-int(contexts.max()) // self._pool.shape[4])].index_select(0, rows)
+        tables = self._tables[:, : self._num_blocks(contexts)].index_select(0, rows)
         starts, lens = (0, *np.cumsum(step.chunk_counts).tolist()), tuple(contexts.tolist())
         return PrefillRows(tables, starts, lens, plan_prefill(self._pool, tables, starts, lens, self._windows))
+
+    def _num_blocks(self, lens: npt.NDArray[Any]) -> int:
+        """Of the longest."""
+        return -(-int(lens.max()) // self._pool.shape[4])
+
+
+def changes_of(step: StepInput) -> list[Array]:
+    """What `DeviceTables.change` needs of a step on the device."""
+    tables: list[Array] = [step.table_at, step.table_blocks] if len(step.table_at) else []
+    return [*tables, step.token_rows, step.token_ids] if len(step.token_rows) else tables

@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from .batch import DeviceTables
+from .decode_graphs import SIZES, Capture, DecodeGraphs
 from .kv_cache import KvCache
 from .models import Model
-from .staging import Staging
 from .step_input import StepInput
 
 
@@ -16,26 +16,30 @@ class Executor:
     order, and a decoding row reads the token that the step before it sampled where that left it.
     """
 
-    def __init__(self, model: Model, kv_cache: KvCache, max_rows: int, max_blocks: int) -> None:
+    def __init__(
+        self, model: Model, kv_cache: KvCache, max_rows: int, max_blocks: int, capture: Capture | None = None
+    ) -> None:
+        """capture: how decode steps become graphs, see decode_graphs.py; None: they are launched op by op."""
         self._model = model
         self._kv_cache = kv_cache
         self._tables = DeviceTables(kv_cache.pool, max_rows, max_blocks, frozenset(model.config.windows))
-
-    @property
-    def staging(self) -> Staging:
-        return self._tables.staging
+        self._graphs: DecodeGraphs | None = None
+        if capture is not None:
+            sizes = [size for size in SIZES if size < max_rows] + [min(max_rows, SIZES[-1])]
+            self._graphs = DecodeGraphs(model, kv_cache.pool, self._tables, sizes, capture)
 
     def forward(self, step: StepInput) -> Tensor:
-        """Writes the KV of the step's tokens.    -> logits [S', vocab] of those that are wanted."""
+        """Writes the KV of the step's tokens.    -> logits [S', vocab] of those that are wanted, until the next step."""
         if len(step.copy_from):
             self._copy_blocks(step)
-        return self._model.forward(self._tables.batch(step), self._kv_cache.pool)
+        logits = None if self._graphs is None else self._graphs.forward(step)
+        return self._model.forward(self._tables.batch(step), self._kv_cache.pool) if logits is None else logits
 
     def accept(self, token_ids: Tensor) -> None:
         """What was sampled for the last step's `sampled_rows`: their next step reads it.    token_ids [S'] i64"""
         self._tables.accept(token_ids)
 
     def _copy_blocks(self, step: StepInput) -> None:
-        source, target = self.staging.send((step.copy_from, step.copy_to))
+        source, target = self._tables.staging.send((step.copy_from, step.copy_to))
         blocks = self._kv_cache.block_bytes_view
         blocks.index_copy_(0, target, blocks.index_select(0, source))

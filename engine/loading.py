@@ -8,6 +8,8 @@ import torch
 
 from ..core.tickets import Geometry
 from ..kernels.build import BuildError, cuda_library
+from ..kernels.paged_attention import is_fused
+from .decode_graphs import Capture, CudaCapture
 from .executor import Executor
 from .kv_cache import DTYPES, KvCache, num_blocks_for
 from .models import Model, ModelConfig, Shard, load_model
@@ -27,7 +29,15 @@ class RankPart:
 
     def executor(self, max_batch: int) -> Executor:
         max_blocks = -(-self.max_model_len // self.kv_cache.geometry.block_tokens)
-        return Executor(self.model, self.kv_cache, max_batch, max_blocks)
+        with torch.inference_mode():
+            return Executor(self.model, self.kv_cache, max_batch, max_blocks, self._capture())
+
+    def _capture(self) -> Capture | None:
+        """None where a step waits for the device somewhere, or meets other ranks."""
+        pool, config = self.kv_cache.pool, self.model.config
+        alone = len(self.kv_cache.heads) == config.num_kv_heads
+        can = pool.is_cuda and alone and config.experts is None and is_fused(pool)
+        return CudaCapture(pool.device) if can else None
 
 
 def load_part(

@@ -29,26 +29,33 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._buffers = [self._buffer(_FIRST_ROOM), self._buffer(_FIRST_ROOM)] if device.type != "cpu" else []
+        self._buffers = [self._buffer(_FIRST_ROOM), self._buffer(_FIRST_ROOM)]
         self._events: list[torch.cuda.Event | None] = [None, None]  # of the last copy from each
         self._turn = 0
 
-    def send(self, arrays: Seq[Array]) -> list[Tensor]:
-        """f32, f64, i32 and i64 arrays of any shape, which nobody changes after: on a CPU their memory is shared."""
-        if self._device.type == "cpu":
+    def send(self, arrays: Seq[Array], into: Tensor | None = None) -> list[Tensor]:
+        """f32, f64, i32 and i64 arrays of any shape, which nobody changes after: on a CPU their memory is shared.
+
+        into: [B] u8 on the device, where they are put, `size_of(arrays)` bytes; None: into memory of their own.
+        """
+        if self._device.type == "cpu" and into is None:
             return [torch.from_numpy(array) for array in arrays]
         arrays = [np.ascontiguousarray(array) for array in arrays]
         starts, size = [], 0
         for array in arrays:
             starts.append(size)
-            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+            size += _aligned(array.nbytes)
         buffer = self._free(size)
         host = buffer.numpy()
         for start, array in zip(starts, arrays, strict=True):
             host[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
-        sent = buffer[:size].to(self._device, non_blocking=True, copy=True)
-        event = self._events[self._turn] = self._events[self._turn] or torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
+        if into is None:
+            sent = buffer[:size].to(self._device, non_blocking=True, copy=True)
+        else:
+            sent = into[:size].copy_(buffer[:size], non_blocking=True)
+        if self._device.type != "cpu":
+            event = self._events[self._turn] = self._events[self._turn] or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self._device))
         self._turn ^= 1
         return [
             sent[start : start + array.nbytes].view(_TYPES[array.dtype]).view(array.shape)
@@ -65,7 +72,16 @@ class Staging:
         return self._buffers[self._turn]
 
     def _buffer(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type != "cpu")
+
+
+def size_of(arrays: Seq[Array]) -> int:
+    """Bytes of device memory that they take together."""
+    return sum(_aligned(array.nbytes) for array in arrays)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 class HostCopy:

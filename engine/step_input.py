@@ -37,6 +37,11 @@ class StepInput:
     wanted: I64  # of the step's T tokens, those whose logits are wanted, rising
     sampled_rows: I64  # [S'] rows that get a token after the forward pass: all that decode first, in their order
 
+    @classmethod
+    def empty(cls) -> "StepInput":
+        """A step of nothing."""
+        return cls(**{name: np.empty(0, dtype) for name, dtype in _FIELDS})
+
     def to_bytes(self) -> bytes:
         """For the other ranks of this host: no port takes it."""
         arrays = [getattr(self, name) for name, _ in _FIELDS]

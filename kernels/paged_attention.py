@@ -95,6 +95,11 @@ def plan_decode(
     return _plan(pool, block_tables, context_lens, windows, workspace)
 
 
+def is_fused(pool: Tensor) -> bool:
+    """A CUDA kernel serves such a pool: what it does can be captured, and depends on its tensors alone."""
+    return _cuda_library(pool) is not None
+
+
 def _plan(
     pool: Tensor,
     block_tables: Tensor,

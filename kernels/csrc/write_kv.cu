@@ -1,5 +1,5 @@
 // write_kv: put the new tokens' keys and values into their places in the pool.
-//   k, v [T, G, D], tokens `stride` vectors apart    slots [T] int64 = block * P + offset
+//   k, v [T, G, D], tokens `stride` vectors apart    slots [T] int64 = block * P + offset, or -1: written nowhere
 //   pool [N, L, 2, G, P, D]
 // One thread per 16 bytes of K and the same of V, so the type of an element does not matter.
 // Bound by memory: 2 * T * G * D elements read, and as many written.
@@ -18,6 +18,7 @@ write_kv_vecs(const uint4* __restrict__ k, const uint4* __restrict__ v, uint4* _
   const int64_t token = index / per_token;
   if (token >= tokens) return;
   const int64_t slot = slots[token];
+  if (slot < 0) return;  // a row that only fills a step up
   const int within = int(index % per_token);
   const int head = within / vecs;
   const int vec = within % vecs;

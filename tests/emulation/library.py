@@ -54,7 +54,9 @@ def compile_for_cpu() -> ctypes.CDLL:
     texts = {path.name: as_cpp(path.read_text()) for path in build.SOURCES.glob("*.cu*") if path.name != "ptx.cuh"}
     texts |= {name: (HERE / name).read_text() for name in ("cuda.h", "ptx.cuh")}
     headers = {name: text for name, text in texts.items() if not name.endswith(".cu")}
-    made = {name: folder / f"{name}-{_digest(headers, texts[name])}.o" for name in sorted(texts.keys() - headers.keys())}
+    made = {
+        name: folder / f"{name}-{_digest(headers, texts[name])}.o" for name in sorted(texts.keys() - headers.keys())
+    }
     library = folder / f"{_digest(*map(str, made.values()))}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as at:
