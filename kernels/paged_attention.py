@@ -1,4 +1,4 @@
-"""Decode attention over a paged KV pool: one query a sequence, as many keys as its context has."""
+"""Decode attention over a paged KV pool: one query a sequence, or a few, and as many keys as its context has."""
 
 import ctypes
 from collections.abc import Set
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .build import DTYPES, cuda_library, stream, vector_rows
-from .split_attention import SPLIT_HEAD_SIZES, SplitPlan, SplitWorkspace, plan_split, split_decode_attention
+from .split_attention import MAX_TOKENS, SPLIT_HEAD_SIZES, SplitPlan, SplitWorkspace, plan_split, split_decode_attention
 
 CUDA_HEAD_SIZES = (64, 80, 96, 128, 256)  # those that csrc/paged_attention.cu is compiled for
 
@@ -50,31 +50,50 @@ def paged_decode_attention(
     window: int | None = None,
     out: Tensor | None = None,
     plan: DecodePlan | SplitPlan | None = None,
+    *,
+    tokens: int = 1,
+    soft_cap: float = 0.0,
+    slopes: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q K^T * scale) V of each sequence over its own context.
+    """softmax(q K^T * scale) V of each sequence's newest tokens, each over its own context.
 
-    q [S, H, D]; pool [N, L, 2, G, P, D], contiguous, H a multiple of G; block_tables [S, B] i32; context_lens [S] i32,
-    the new token counted and its K and V written already; window: a query sees the last `window` keys, None: all.
-    Past a context's end its last block may hold anything that an earlier holder left there, NaN too, and unused entries
-    of a table may hold any number.
-    plan: `plan_decode(...)` of these, the same for all layers of a step; None: made here. -> [S, H, D], or `out`.
+    q [S * Q, H, D], Q = `tokens`, a sequence's one after the other; pool [N, L, 2, G, P, D], contiguous, H a multiple
+    of G; block_tables [S, B] i32; context_lens [S] i32, the new tokens counted and their K and V written already;
+    window: a query sees the last `window` keys up to its own, None: all; soft_cap: scores become cap * tanh(score /
+    cap), 0: they stay (Gemma 2, section 2); slopes [H] f32: slope * (key's position - query's) is added to a score
+    (ALiBi; Press et al., 2022). Past a context's end its last block may hold anything that an earlier holder left
+    there, NaN too, and unused entries of a table may hold any number. A context of 0 is padding and gives zeros on a GPU.
+    plan: `plan_decode(...)` of these, the same for all layers of a step; None: made here. -> [S * Q, H, D], or `out`.
     """
     _, num_layers, _, heads, _, head_size = pool.shape
     assert q.ndim == 3, q.shape
     assert q.shape[2] == head_size, (q.shape, pool.shape)
     assert q.shape[1] % heads == 0, (q.shape, pool.shape)
-    assert block_tables.shape[0] == context_lens.shape[0] == q.shape[0], (
-        q.shape,
-        block_tables.shape,
-        context_lens.shape,
-    )
+    assert block_tables.shape[0] == context_lens.shape[0], (block_tables.shape, context_lens.shape)
+    assert q.shape[0] == len(context_lens) * tokens, (q.shape, context_lens.shape, tokens)
+    assert 1 <= tokens <= MAX_TOKENS, tokens
+    assert slopes is None or (slopes.shape == q.shape[1:2] and slopes.dtype == torch.float32), slopes
     assert 0 <= layer < num_layers, (layer, pool.shape)
+    plain = tokens == 1 and soft_cap == 0.0 and slopes is None
     library = _cuda_library(pool)
-    if library is not None:
-        return _launch(library, q, pool, layer, block_tables, context_lens, scale, window, out, plan)
-    if not isinstance(plan, DecodePlan):
-        plan = _plan(pool, block_tables, context_lens, {window}, None)
-    result = _attend(q, pool, layer, scale, window, plan)
+    if library is not None and (plain or _splits(pool)):
+        return _launch(
+            library, q, pool, layer, block_tables, context_lens, scale, window, out, plan, tokens, soft_cap, slopes
+        )
+    if plain:
+        if not isinstance(plan, DecodePlan):
+            plan = _plan(pool, block_tables, context_lens, {window}, None)
+        result = _attend(q, pool, layer, scale, window, plan)
+    else:
+        rows = zip(q.view(-1, tokens, *q.shape[1:]), block_tables, context_lens.tolist(), strict=True)
+        result = torch.cat(
+            [
+                paged_attention_reference(
+                    asking.float(), pool, layer, table[: -(-length // pool.shape[4])], length, scale, window, soft_cap, slopes
+                ).to(q.dtype)
+                for asking, table, length in rows
+            ]
+        )
     return result if out is None else out.copy_(result)
 
 
@@ -84,14 +103,15 @@ def plan_decode(
     context_lens: Tensor,
     windows: Set[int | None],
     workspace: Workspace | None = None,
+    tokens: int = 1,
 ) -> DecodePlan | SplitPlan | None:
     """The plan of a step whose layers use these windows; None where a CUDA kernel serves that needs none.
 
-    block_tables [S, B] i32, context_lens [S] i32.
+    block_tables [S, B] i32, context_lens [S] i32; tokens: new ones of each sequence.
     """
     library = _cuda_library(pool)
     if library is not None:
-        return _split(library, pool, context_lens, windows, workspace) if _splits(pool) else None
+        return _split(library, pool, context_lens, windows, workspace, tokens) if _splits(pool) else None
     return _plan(pool, block_tables, context_lens, windows, workspace)
 
 
@@ -186,9 +206,15 @@ def _splits(pool: Tensor) -> bool:
 
 
 def _split(
-    library: ctypes.CDLL, pool: Tensor, context_lens: Tensor, windows: Set[int | None], workspace: Workspace | None
+    library: ctypes.CDLL,
+    pool: Tensor,
+    context_lens: Tensor,
+    windows: Set[int | None],
+    workspace: Workspace | None,
+    tokens: int,
 ) -> SplitPlan:
-    return plan_split(library, context_lens, pool.shape[3], windows, None if workspace is None else workspace.split)
+    memory = None if workspace is None else workspace.split
+    return plan_split(library, context_lens, pool.shape[3], pool.shape[5], windows, tokens, memory)
 
 
 def _launch(
@@ -202,6 +228,9 @@ def _launch(
     window: int | None,
     out: Tensor | None,
     plan: DecodePlan | SplitPlan | None,
+    tokens: int,
+    soft_cap: float,
+    slopes: Tensor | None,
 ) -> Tensor:
     assert q.dtype == pool.dtype, (q.dtype, pool.dtype)
     assert block_tables.dtype == context_lens.dtype == torch.int32, (block_tables.dtype, context_lens.dtype)
@@ -214,8 +243,11 @@ def _launch(
     assert result.dtype == q.dtype, (result.dtype, q.dtype)
     if _splits(pool):
         if not isinstance(plan, SplitPlan):
-            plan = _split(library, pool, context_lens, {window}, None)
-        split_decode_attention(library, q, pool, layer, block_tables, context_lens, scale, window, plan, result)
+            plan = _split(library, pool, context_lens, {window}, None, tokens)
+        assert plan.tokens == tokens, (plan.tokens, tokens)
+        split_decode_attention(
+            library, q, pool, layer, block_tables, context_lens, scale, window, soft_cap, slopes, plan, result
+        )
         return result if out is None or out is result else out.copy_(result)
     q = vector_rows(q)
     _, num_layers, _, heads, block_tokens, head_size = pool.shape
@@ -243,7 +275,15 @@ def _launch(
 
 
 def paged_attention_reference(
-    q: Tensor, pool: Tensor, layer: int, block_table: Tensor, context_len: int, scale: float, window: int | None = None
+    q: Tensor,
+    pool: Tensor,
+    layer: int,
+    block_table: Tensor,
+    context_len: int,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float = 0.0,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """What both attention ops mean, for one sequence whose last T tokens ask, in the precision of q.
 
@@ -254,8 +294,12 @@ def paged_attention_reference(
     keys, values = picked.permute(1, 2, 0, 3, 4).reshape(2, heads, -1, head_size)[:, :, :context_len]
     repeat = q.shape[1] // heads
     scores = torch.einsum("thd,hcd->htc", q, keys.repeat_interleave(repeat, 0)) * scale
+    if soft_cap > 0:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
     asks = torch.arange(context_len - q.shape[0], context_len, device=q.device)[:, None]
     key = torch.arange(context_len, device=q.device)[None, :]
+    if slopes is not None:
+        scores = scores + slopes.to(q.dtype)[:, None, None] * (key - asks)
     unseen = key > asks if window is None else (key > asks) | (key <= asks - window)
     weights = torch.softmax(scores.masked_fill(unseen, float("-inf")), -1)
     return torch.einsum("htc,hcd->thd", weights, values.repeat_interleave(repeat, 0))

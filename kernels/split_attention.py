@@ -9,8 +9,12 @@ from torch import Tensor
 
 from .build import multiprocessors, stream, vector_rows
 
-SPLIT_HEAD_SIZES = (64, 80, 96, 128)  # those that csrc/split_attention.cu is compiled for
-_COLUMNS = 8  # query heads that one thread block serves
+SPLIT_HEAD_SIZES = (64, 80, 96, 128, 256)  # those that csrc/split_attention.cu is compiled for
+MAX_TOKENS = 8  # of one sequence in a step
+
+_COLUMNS = 8  # queries of one block of the tensor cores
+_BLOCKS = {64: 4, 80: 4, 96: 4, 128: 2, 256: 1}  # head size -> how many of them a thread block serves at most
+_RUNS = 10  # of keys, for each thread block at most
 
 
 class SplitWorkspace:
@@ -20,52 +24,61 @@ class SplitWorkspace:
         self._partial = torch.empty(0)
         self._arrived = torch.empty(0, dtype=torch.int32)
 
-    def partial(self, blocks: int, parts: int, head_size: int, device: torch.device) -> Tensor:
-        """f32, not initialised: of each thread block two results, with their maximum and sum."""
-        size = blocks * parts * 2 * _COLUMNS * (head_size + 2)
+    def partial(self, size: int, device: torch.device) -> Tensor:
+        """f32, not initialised: of each run of keys two results, with their maximum and sum."""
         if self._partial.numel() < size or self._partial.device != device:
             self._partial = torch.empty(size, device=device)
         return self._partial
 
-    def arrived(self, count: int, device: torch.device) -> Tensor:
+    def arrived(self, size: int, device: torch.device) -> Tensor:
         """i32 zeros, which each launch leaves as it found them."""
-        if self._arrived.numel() < count or self._arrived.device != device:
-            self._arrived = torch.zeros(count, dtype=torch.int32, device=device)
+        if self._arrived.numel() < size or self._arrived.device != device:
+            self._arrived = torch.zeros(size, dtype=torch.int32, device=device)
         return self._arrived
 
 
 @dataclass(frozen=True, slots=True)
 class SplitPlan:
-    """Where each thread block's run of keys begins, for all layers of one step."""
+    """Where each run of keys begins, for all layers of one step."""
 
-    runs: dict[int | None, Tensor]  # window -> [S + 1 + blocks] i32
+    runs: dict[int | None, Tensor]  # window -> [S + 1 + most_runs] i32
     blocks: int  # thread blocks
+    tokens: int  # Q, of each sequence
     workspace: SplitWorkspace
+
+    @property
+    def most_runs(self) -> int:
+        return self.blocks * _RUNS
 
 
 def plan_split(
     library: ctypes.CDLL,
     context_lens: Tensor,
     kv_heads: int,
+    head_size: int,
     windows: Set[int | None],
+    tokens: int = 1,
     workspace: SplitWorkspace | None = None,
 ) -> SplitPlan:
-    """context_lens [S] i32."""
+    """context_lens [S] i32, the step's `tokens` of each sequence included."""
     blocks = multiprocessors(context_lens.device)
-    runs = {}
+    made = SplitPlan({}, blocks, tokens, workspace or SplitWorkspace())
     for window in windows:
-        plan = torch.empty(len(context_lens) + 1 + blocks, dtype=torch.int32, device=context_lens.device)
+        size = len(context_lens) + 1 + made.most_runs
+        plan = made.runs[window] = torch.empty(size, dtype=torch.int32, device=context_lens.device)
         library.plan_split_decode(
             context_lens.data_ptr(),
             plan.data_ptr(),
             len(context_lens),
+            tokens,
             kv_heads,
+            head_size,
             window or 0,
             blocks,
+            made.most_runs,
             stream(context_lens.device),
         )
-        runs[window] = plan
-    return SplitPlan(runs, blocks, workspace or SplitWorkspace())
+    return made
 
 
 def split_decode_attention(
@@ -77,13 +90,18 @@ def split_decode_attention(
     context_lens: Tensor,
     scale: float,
     window: int | None,
+    soft_cap: float,
+    slopes: Tensor | None,
     plan: SplitPlan,
     out: Tensor,
 ) -> None:
-    """See `paged_decode_attention`. out [S, H, D], contiguous."""
+    """See `paged_decode_attention`. out [S * Q, H, D], contiguous."""
     _, num_layers, _, kv_heads, block_tokens, head_size = pool.shape
-    sequences, heads, _ = q.shape
-    parts = -(-heads // kv_heads // _COLUMNS)
+    tokens, heads, _ = q.shape
+    sequences = tokens // plan.tokens
+    columns = heads // kv_heads * plan.tokens
+    served = _COLUMNS * (1 if columns <= _COLUMNS else _BLOCKS[head_size])
+    parts = -(-columns // served)
     q = vector_rows(q)
     library.split_decode_attention(
         q.data_ptr(),
@@ -92,10 +110,12 @@ def split_decode_attention(
         context_lens.data_ptr(),
         out.data_ptr(),
         plan.runs[window].data_ptr(),
-        plan.workspace.partial(plan.blocks, parts, head_size, q.device).data_ptr(),
-        plan.workspace.arrived(parts * sequences * kv_heads, q.device).data_ptr(),
+        plan.workspace.partial(parts * plan.most_runs * 2 * served * (head_size + 2), q.device).data_ptr(),
+        plan.workspace.arrived(parts * (2 + sequences * kv_heads), q.device).data_ptr(),
+        None if slopes is None else slopes.data_ptr(),
         q.stride(0),
         sequences,
+        plan.tokens,
         heads,
         kv_heads,
         head_size,
@@ -105,6 +125,8 @@ def split_decode_attention(
         block_tables.shape[1],
         window or 0,
         plan.blocks,
+        plan.most_runs,
         scale,
+        soft_cap,
         stream(q.device),
     )

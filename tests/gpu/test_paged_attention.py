@@ -1,6 +1,7 @@
 """Decode attention equals a float64 reference, reads nothing it should not, and writes all it should."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -26,13 +27,16 @@ class Problem:
         head_size: int = 128,
         block_tokens: int = 16,
         dtype: torch.dtype = torch.bfloat16,
+        tokens: int = 1,
     ) -> None:
+        """tokens: that ask, of each sequence."""
+        self.tokens = tokens
         device = random.device
         blocks_of = [-(-length // block_tokens) for length in lens]
         num_blocks = sum(blocks_of) + 3
         shape = (num_blocks, NUM_LAYERS, 2, kv_heads, block_tokens, head_size)
         self.pool = torch.full(shape, float("nan"), dtype=dtype, device=device)
-        self.q = torch.randn(len(lens), heads, head_size, device=device, generator=random).to(dtype)
+        self.q = torch.randn(len(lens) * tokens, heads, head_size, device=device, generator=random).to(dtype)
         self.lens = lens
         self.context_lens = torch.tensor(lens, dtype=torch.int32, device=device)
         # Entries past a context name no block that exists.
@@ -48,27 +52,35 @@ class Problem:
                 part = kv[:, :, index * block_tokens : (index + 1) * block_tokens]
                 self.pool[block, LAYER, :, :, : part.shape[2]] = part
 
-    def run(self, window: int | None = None, q: Tensor | None = None) -> Tensor:
+    def run(self, window: int | None = None, q: Tensor | None = None, **scores: Any) -> Tensor:
         out = torch.full_like(self.q, float("nan"))
         asked = self.q if q is None else q
         scale = self.q.shape[-1] ** -0.5
-        got = paged_decode_attention(asked, self.pool, LAYER, self.tables, self.context_lens, scale, window, out)
+        got = paged_decode_attention(
+            asked, self.pool, LAYER, self.tables, self.context_lens, scale, window, out, tokens=self.tokens, **scores
+        )
         assert got is out
         return out
 
-    def expected(self, window: int | None = None) -> Tensor:
-        """In float64, sequence by sequence, written down as the definition has it."""
+    def expected(self, window: int | None = None, soft_cap: float = 0.0, slopes: Tensor | None = None) -> Tensor:
+        """In float64, query by query, written down as the definition has it."""
         rows = []
-        for q, kv, length in zip(self.q.double(), self.kv, self.lens, strict=True):
-            first = 0 if window is None else max(0, length - window)
-            seen = kv[:, :, first:].double().repeat_interleave(q.shape[0] // kv.shape[1], 1)
+        for row, q in enumerate(self.q.double()):
+            kv, length = self.kv[row // self.tokens], self.lens[row // self.tokens]
+            asks = length - self.tokens + row % self.tokens
+            first = 0 if window is None else max(0, asks + 1 - window)
+            seen = kv[:, :, first : asks + 1].double().repeat_interleave(q.shape[0] // kv.shape[1], 1)
             scores = torch.einsum("hd,hcd->hc", q, seen[0]) / math.sqrt(q.shape[1])
+            if soft_cap:
+                scores = soft_cap * torch.tanh(scores / soft_cap)
+            if slopes is not None:
+                scores = scores + slopes[:, None].double() * (torch.arange(first, asks + 1, device=q.device) - asks)
             rows.append(torch.einsum("hc,hcd->hd", scores.softmax(-1), seen[1]))
         return torch.stack(rows)
 
-    def check(self, window: int | None = None) -> None:
+    def check(self, window: int | None = None, **scores: Any) -> None:
         before = self.pool.view(torch.uint8).clone()
-        error = (self.run(window).double() - self.expected(window)).abs().max().item()
+        error = (self.run(window, **scores).double() - self.expected(window, **scores)).abs().max().item()
         largest = max(kv[1].abs().max().item() for kv in self.kv)
         assert error <= TOLERANCE[self.q.dtype] * largest, (error, largest)  # false for NaN too
         assert torch.equal(self.pool.view(torch.uint8), before)
@@ -96,6 +108,36 @@ def test_a_window_shows_the_newest_keys_only(window: int, head_size: int, random
     lens = [1, 2, 16, 17, 99, 100, 101, 128, 777, 2000]
     Problem(random, lens, head_size=head_size, dtype=torch.float32).check(window)
     Problem(random, lens, head_size=head_size).check(window)
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 5, 8])
+@pytest.mark.parametrize(("heads", "head_size"), [(2, 128), (8, 128), (8, 64), (14, 96), (4, 256)])
+@pytest.mark.parametrize("window", [None, 3, 40])
+def test_several_tokens_of_a_sequence_see_what_came_before_each(
+    tokens: int, heads: int, head_size: int, window: int | None, random: torch.Generator
+) -> None:
+    Problem(random, [8, 9, 16, 17, 130, 700], heads=heads, head_size=head_size, tokens=tokens).check(window)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scores_may_be_capped_or_fall_with_the_distance(
+    dtype: torch.dtype, tokens: int, random: torch.Generator
+) -> None:
+    problem = Problem(random, [5, 300, 64], tokens=tokens, dtype=dtype)
+    problem.q *= 4  # so that the cap bites
+    problem.check(soft_cap=2.0)
+    slopes = torch.rand(8, device=random.device, generator=random) / 4
+    problem.check(slopes=slopes)
+    problem.check(50, slopes=slopes, soft_cap=3.0)
+
+
+def test_many_tiles_are_handed_out_to_whoever_is_done(random: torch.Generator) -> None:
+    problem = Problem(random, [20000, 3, 9000, 17], heads=4, kv_heads=4, head_size=64)
+    first = problem.run()
+    problem.check()
+    for _ in range(3):  # whoever computed a part: the result is the same
+        assert torch.equal(problem.run(), first)
 
 
 def test_all_lengths_up_to_three_hundred(random: torch.Generator) -> None:
