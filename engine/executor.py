@@ -29,7 +29,7 @@ class Executor:
             self._graphs = DecodeGraphs(model, kv_cache.pool, self._tables, sizes, capture)
 
     def forward(self, step: StepInput) -> Tensor:
-        """Writes the KV of the step's tokens.    -> logits [S', vocab] of those that are wanted, until the next step."""
+        """Writes the KV of the step's tokens.    -> logits [S', vocab] of those wanted, good until the next."""
         if len(step.copy_from):
             self._copy_blocks(step)
         logits = None if self._graphs is None else self._graphs.forward(step)

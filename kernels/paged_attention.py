@@ -62,7 +62,7 @@ def paged_decode_attention(
     window: a query sees the last `window` keys up to its own, None: all; soft_cap: scores become cap * tanh(score /
     cap), 0: they stay (Gemma 2, section 2); slopes [H] f32: slope * (key's position - query's) is added to a score
     (ALiBi; Press et al., 2022). Past a context's end its last block may hold anything that an earlier holder left
-    there, NaN too, and unused entries of a table may hold any number. A context of 0 is padding and gives zeros on a GPU.
+    there, NaN too, and unused entries of a table may hold any number. A context of 0 pads: on a GPU it gives zeros.
     plan: `plan_decode(...)` of these, the same for all layers of a step; None: made here. -> [S * Q, H, D], or `out`.
     """
     _, num_layers, _, heads, _, head_size = pool.shape
@@ -85,15 +85,13 @@ def paged_decode_attention(
             plan = _plan(pool, block_tables, context_lens, {window}, None)
         result = _attend(q, pool, layer, scale, window, plan)
     else:
-        rows = zip(q.view(-1, tokens, *q.shape[1:]), block_tables, context_lens.tolist(), strict=True)
-        result = torch.cat(
-            [
-                paged_attention_reference(
-                    asking.float(), pool, layer, table[: -(-length // pool.shape[4])], length, scale, window, soft_cap, slopes
-                ).to(q.dtype)
-                for asking, table, length in rows
-            ]
-        )
+        asking, lens = q.float().view(-1, tokens, *q.shape[1:]), context_lens.tolist()
+        used = [table[: -(-length // pool.shape[4])] for table, length in zip(block_tables, lens, strict=True)]
+        parts = [
+            paged_attention_reference(one, pool, layer, table, length, scale, window, soft_cap, slopes)
+            for one, table, length in zip(asking, used, lens, strict=True)
+        ]
+        result = torch.cat(parts).to(q.dtype)
     return result if out is None else out.copy_(result)
 
 

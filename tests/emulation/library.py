@@ -76,7 +76,8 @@ def _compile(wanted: dict[str, Path], texts: dict[str, str], at: Path) -> None:
         (at / name).write_text(text)
     command = ["g++", *FLAGS, "-c", f"-I{cuda_headers()}", "-include", str(at / "cuda.h")]
     running = [subprocess.Popen([*command, str(at / name), "-o", str(at / f"{name}.o")]) for name in wanted]
-    assert not any([process.wait() for process in running]), "g++ failed, see above"
+    failed = [process.args for process in running if process.wait() != 0]
+    assert not failed, failed
     for name, path in wanted.items():
         (at / f"{name}.o").rename(path)
 

@@ -1,5 +1,7 @@
-"""Steps that are padded and replayed give what steps of their own size give. The kernels are those for a GPU, run on the
-CPU (see tests/emulation), and a capture here is the function itself, called again."""
+"""Steps that are padded and replayed give what steps of their own size give.
+
+The kernels are those for a GPU, run on the CPU (see tests/emulation), and a capture is the function, called again.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

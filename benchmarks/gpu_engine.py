@@ -1,0 +1,299 @@
+"""The engine on one GPU, on a model of an 8B's shape with random weights, beside what vLLM 0.26 did on an H200.
+
+    PYTHONPATH=src python -P benchmarks/gpu_engine.py [--only a e] [--json FILE]
+
+    a  1 x (128 in, 256 out): ms per token             d  32 x (4096 in, 1 out): prompt tokens per second
+    b  256 x (1024 in, 256 out): output tokens per s   e  a step of 16, 64, 256 sequences at a context of 2,000: ms
+    c  512 x (128 in, 512 out): output tokens per s
+
+Greedy, nobody ends early, no prefix is shared. Each workload runs on fewer tokens first, to warm up. Beside each figure
+is its share of the floor: all weights and the mean KV read once a step, at the rate of plain reads, and the prompts'
+products at the rate that is sustained for 3 s; both rates are measured in the same run.
+
+"idle" is the share of a workload's time that the GPU had nothing to do between two steps, by the GPU's own clock: from
+the end of one step's sampling to the start of the next step.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from baton.core.ids import SequenceId
+from baton.core.request import Sampling
+from baton.core.tickets import Geometry
+from baton.engine.continuous_batch import ContinuousBatch
+from baton.engine.engine import Engine
+from baton.engine.kv_cache import KvCache
+from baton.engine.models.config import ModelConfig
+from baton.engine.models.decoder import Model, read_mlp, read_model
+from baton.engine.models.llama import read_attention
+from baton.engine.models.weights import Weights
+from baton.engine.parallel.alone import Alone
+from baton.engine.policies import policy
+from baton.engine.sequence import Sequence
+from baton.engine.step_input import StepInput
+
+GIB = 1 << 30
+SHAPE_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+# vLLM 0.26 on one H200: (figure, unit, more is better)
+RIVAL = {"a": (4.945, "ms/token", False), "b": (6094.0, "tok/s", True), "c": (20456.0, "tok/s", True),
+         "d": (40912.0, "tok/s", True), "e 16": (6.07, "ms/step", False), "e 64": (9.53, "ms/step", False),
+         "e 256": (25.5, "ms/step", False)}  # fmt: skip
+
+
+class RandomFiles:
+    """Stands where a checkpoint's files would: every tensor is there, of the shape asked for."""
+
+    total_bytes = 0
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._random = torch.Generator(device).manual_seed(0)
+        self._device, self._dtype = device, dtype
+
+    def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
+        size = [len(range(*one.indices(length))) for one, length in zip(part, shape, strict=True)]
+        tensor = torch.empty(size, dtype=self._dtype, device=self._device)
+        return tensor.fill_(1) if "norm" in name else tensor.normal_(0, 0.02, generator=self._random)
+
+
+def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, positions: int) -> Model:
+    files = RandomFiles(device, dtype)
+    weights = Weights(files, dtype, device, Alone())  # type: ignore[arg-type]
+    return read_model(weights, config, positions, read_attention, read_mlp)
+
+
+class Watched:
+    """An executor whose steps are marked on the GPU's clock."""
+
+    def __init__(self, executor: object) -> None:
+        self._executor = executor
+        self.marks: list[tuple[torch.cuda.Event, torch.cuda.Event | None]] = []
+        self._start: torch.cuda.Event | None = None
+
+    def forward(self, step: StepInput) -> Tensor:
+        self._start = _mark()
+        logits: Tensor = self._executor.forward(step)  # type: ignore[attr-defined]
+        if not len(step.sampled_rows):
+            self.marks.append((self._start, _mark()))
+        return logits
+
+    def accept(self, token_ids: Tensor) -> None:
+        self._executor.accept(token_ids)  # type: ignore[attr-defined]
+        assert self._start is not None
+        self.marks.append((self._start, _mark()))
+
+    def times(self) -> tuple[list[float], list[float]]:
+        """(ms of each step, ms of nothing before each but the first); what was marked is forgotten."""
+        torch.cuda.synchronize()
+        marks, self.marks = self.marks, []
+        steps = [start.elapsed_time(end) for start, end in marks if end is not None]
+        gaps = [marks[i][1].elapsed_time(marks[i + 1][0]) for i in range(len(marks) - 1)]  # type: ignore[union-attr]
+        return steps, gaps
+
+
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+@dataclass(frozen=True)
+class Row:
+    workload: str
+    figure: float
+    unit: str
+    to_rival: float  # how many times as good
+    of_floor: float  # how much of what the hardware allows
+    idle: float  # share of the time, between steps
+
+
+class Bench:
+    def __init__(self, engine: Engine, watched: Watched, reads: float, products: float) -> None:
+        """reads: bytes per second; products: floating point operations per second, sustained."""
+        self._engine, self._watched = engine, watched
+        self._reads, self._products = reads, products
+        config = engine.config
+        model = engine_bytes(config)
+        self._weights, self._kv_token = model
+        self._count = 0
+
+    def run(self, count: int, prompt: int, answer: int, step_tokens: int) -> tuple[float, list[float], list[float]]:
+        """(seconds, ms of each step, ms of each gap)."""
+        batch = ContinuousBatch(self._engine, policy("fcfs"), step_tokens=step_tokens)
+        numbers = torch.Generator().manual_seed(count + self._count)
+        vocabulary = self._engine.config.vocab_size
+        for _ in range(count):
+            self._count += 1
+            ids = tuple(torch.randint(0, vocabulary, (prompt,), generator=numbers).tolist())
+            seq = Sequence(SequenceId(f"r/{self._count}"), ids, Sampling(max_tokens=answer, temperature=0.0))
+            batch.add(seq)
+        self._watched.times()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        while batch.step(time.perf_counter()) is not None:
+            pass
+        torch.cuda.synchronize()
+        took = time.perf_counter() - began
+        steps, gaps = self._watched.times()
+        self._engine.ledger.check()
+        self._engine.ledger.drop_cached()
+        return took, steps, gaps
+
+    def decode_floor_s(self, sequences: float, context: float) -> float:
+        return (self._weights + sequences * context * self._kv_token) / self._reads
+
+    def a(self) -> list[Row]:
+        self.run(1, 128, 16, 512)
+        took, steps, gaps = self.run(1, 128, 257, 512)
+        per_token = statistics.median(steps[8:]) + statistics.median(gaps[8:])
+        return [self._row("a", per_token, self.decode_floor_s(1, 256) * 1e3 / per_token, gaps, took)]
+
+    def b(self) -> list[Row]:
+        return self._throughput("b", 256, 1024, 256)
+
+    def c(self) -> list[Row]:
+        return self._throughput("c", 512, 128, 512)
+
+    def _throughput(self, name: str, count: int, prompt: int, answer: int) -> list[Row]:
+        self.run(count, prompt, 4, 16384)
+        took, _, gaps = self.run(count, prompt, answer, 16384)
+        rate = count * answer / took
+        floor = answer * self.decode_floor_s(count, prompt + answer / 2) + self._prefill_floor_s(count, prompt)
+        return [self._row(name, rate, floor / took, gaps, took)]
+
+    def d(self) -> list[Row]:
+        self.run(4, 4096, 1, 16384)
+        took, _, gaps = self.run(32, 4096, 1, 16384)
+        return [self._row("d", 32 * 4096 / took, self._prefill_floor_s(32, 4096) / took, gaps, took)]
+
+    def e(self) -> list[Row]:
+        rows = []
+        for count in (16, 64, 256):
+            _, steps, gaps = self.run(count, 2000, 97, 16384)
+            per_step = statistics.median(steps[-80:-8])
+            floor = self.decode_floor_s(count, 2048) * 1e3
+            rows.append(self._row(f"e {count}", per_step, floor / per_step, gaps[-80:-8], sum(steps[-80:-8]) / 1e3))
+        return rows
+
+    def _prefill_floor_s(self, count: int, prompt: int) -> float:
+        config = self._engine.config
+        products = 2 * self._weights / 2 * prompt  # the head's is counted too, though but one token of each needs it
+        products -= 2 * config.vocab_size * config.hidden_size * (prompt - 1)
+        attention = 2 * config.num_layers * config.num_heads * config.head_size * prompt * prompt
+        return count * (products + attention) / self._products
+
+    def _row(self, name: str, figure: float, of_floor: float, gaps: list[float], took: float) -> Row:
+        rival, unit, more = RIVAL[name]
+        return Row(name, figure, unit, figure / rival if more else rival / figure, of_floor, sum(gaps) / 1e3 / took)
+
+
+def engine_bytes(config: ModelConfig) -> tuple[int, int]:
+    """(bytes of all weights that a step reads, of one token's KV), bfloat16."""
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_size
+    layer = config.hidden_size * (heads + config.num_heads * config.head_size + 3 * config.intermediate_size)
+    weights = config.num_layers * layer + config.vocab_size * config.hidden_size
+    return 2 * weights, 2 * 2 * config.num_layers * config.num_kv_heads * config.head_size
+
+
+def products_per_s(device: torch.device, size: int = 8192, for_s: float = 3.0) -> float:
+    """Of bfloat16 matrices, for so long that the card's power limit tells."""
+    a, b, c = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(3))
+    torch.mm(a, b, out=c)
+    torch.cuda.synchronize()
+    began, rounds, last = time.perf_counter(), 0, 0.0
+    while time.perf_counter() - began < for_s:
+        start = time.perf_counter()
+        for _ in range(50):
+            torch.mm(a, b, out=c)
+        torch.cuda.synchronize()
+        last, rounds = time.perf_counter() - start, rounds + 1
+    return 50 * 2 * size**3 / last
+
+
+def build_engine(
+    shape: dict[str, object], device: torch.device, max_batch: int, kv_bytes: int
+) -> tuple[Engine, Watched]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(shape))
+        save_file({"none": torch.zeros(1)}, Path(folder) / "model.safetensors")  # a configuration alone is no model
+        config = ModelConfig.from_dir(Path(folder))
+    geometry = Geometry(
+        num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_size=config.head_size, block_tokens=16,
+        dtype="bfloat16", fingerprint="random",
+    )  # fmt: skip
+    with torch.inference_mode():
+        model = random_model(config, device, torch.bfloat16, 8192)
+        engine = Engine(model, KvCache(kv_bytes // geometry.block_bytes, geometry, device), 8192, max_batch)
+    watched = Watched(engine.executor)
+    engine.executor = watched
+    return engine, watched
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list("abcde"), default=list("abcde"))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("no NVIDIA GPU here: nothing to measure")
+        return 0
+    from kernels import Table, probe  # beside this file
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.set_float32_matmul_precision("highest")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    with tempfile.TemporaryDirectory() as folder:
+        reads = probe(Table(), Path(folder))
+    products = products_per_s(device)
+    print(f"products, 8192 cubed, sustained: {products / 1e12:.0f} TFLOP/s")
+    torch.cuda.empty_cache()
+    began = time.perf_counter()
+    free = torch.cuda.mem_get_info()[0] - 20 * GIB  # of the weights, the graphs, what a large step needs
+    engine, watched = build_engine(SHAPE_8B, device, 512, free)
+    torch.cuda.synchronize()
+    print(f"engine ready in {time.perf_counter() - began:.1f} s, {engine.kv_cache.num_blocks} blocks")
+    bench = Bench(engine, watched, reads, products)
+    workloads: dict[str, Callable[[], list[Row]]] = {name: getattr(bench, name) for name in options.only}
+    rows: list[Row] = []
+    print(f"{'workload':<10}{'figure':>10} {'unit':<10}{'/ rival':>8}{'/ floor':>8}{'idle':>7}")
+    for work in workloads.values():
+        for row in work():
+            rows.append(row)
+            print(
+                f"{row.workload:<10}{row.figure:>10.2f} {row.unit:<10}{row.to_rival:>8.3f}{row.of_floor:>8.3f}"
+                f"{row.idle:>7.1%}",
+                flush=True,
+            )
+    if options.json:
+        options.json.write_text(
+            json.dumps({"card": torch.cuda.get_device_name(), "reads": reads, "rows": [asdict(row) for row in rows]})
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
