@@ -29,9 +29,6 @@ FLAGS = ("-shared", "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden",
 COMPILE_TIMEOUT_S = 600.0
 LOCK_TIMEOUT_S = 900.0  # another process may be compiling
 
-# dtype codes of the C interface
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-
 # name in the library -> types of its arguments; every one ends in the stream and returns a cudaError_t
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "gather_blocks": (c_void_p, c_void_p, c_void_p, c_int, c_int64, c_void_p),
@@ -39,7 +36,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "write_kv": (*[c_void_p] * 4, c_int64, c_int64, *[c_int] * 6, c_void_p),
     "plan_split_decode": (*[c_void_p] * 2, *[c_int] * 7, c_void_p),
     "split_decode_attention": (*[c_void_p] * 9, c_int64, *[c_int] * 12, *[c_float] * 2, c_void_p),
-    "paged_decode_attention": (*[c_void_p] * 5, c_int, c_int64, *[c_int] * 9, c_float, c_void_p),
+    "paged_decode_attention": (*[c_void_p] * 5, c_int64, *[c_int] * 9, c_float, c_void_p),
 }
 
 _log = logging.getLogger(__name__)

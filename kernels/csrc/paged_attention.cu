@@ -1,4 +1,5 @@
-// paged_attention: one new token's queries of each sequence against its keys and values, which lie in blocks.
+// paged_attention: one new token's queries of each sequence against its keys and values, which lie in blocks. float32:
+// there is no time to win on tensor cores, which would round to TF32. bfloat16 is split_attention.cu's.
 //   q, out [S, H, D]    pool [N, L, 2, G, P, D]    block_tables [S, B] int32    context_lens [S] int32, new token included
 // One thread block per sequence and group of query heads that share a KV head, so that K and V are read once for all of
 // them (a second time where more than kMaxHeads share one, mostly from the L2 cache). Bound by memory.
@@ -9,7 +10,6 @@
 //     warp 1: tile 1, tile 9, ...      team: kLanes lanes, one token of each row
 // Every team runs the online softmax (Milakov and Gimelshein, 2018) on the tokens it sees, in base 2; the partial results
 // are merged at the end, first across a warp's teams by shuffles, then across warps through shared memory.
-// Softmax and sums are float32 whatever the type of the elements.
 #include "common.cuh"
 
 #include <cfloat>
@@ -40,9 +40,9 @@ constexpr int power_of_two_from(int n) {
   return p;
 }
 
-template <typename T, int D>
+template <int D>
 struct Shape {
-  static constexpr int kVec = baton::kVecBytes / int(sizeof(T));          // elements in one load
+  static constexpr int kVec = baton::kVecBytes / int(sizeof(float));      // elements in one load
   static constexpr int kVecs = D / kVec;                                  // loads in one token
   static constexpr int kLanes = kVecs < 32 ? power_of_two_from(kVecs) : 32;  // some idle when kVecs is no power of two
   static constexpr int kPerLane = (kVecs + kLanes - 1) / kLanes;          // loads of one lane for one token
@@ -50,33 +50,16 @@ struct Shape {
   static_assert(D % kVec == 0);
 };
 
-template <typename T>
-__device__ __forceinline__ void unpack(const uint4& raw, float (&x)[16 / sizeof(T)]);
-
-template <>
-__device__ __forceinline__ void unpack<float>(const uint4& raw, float (&x)[4]) {
+__device__ __forceinline__ void unpack(const uint4& raw, float (&x)[4]) {
   x[0] = __uint_as_float(raw.x), x[1] = __uint_as_float(raw.y);
   x[2] = __uint_as_float(raw.z), x[3] = __uint_as_float(raw.w);
 }
 
-template <>
-__device__ __forceinline__ void unpack<__nv_bfloat16>(const uint4& raw, float (&x)[8]) {
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {  // a bfloat16 is the upper half of a float
-    x[2 * i] = __uint_as_float(words[i] << 16);
-    x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-  }
-}
-
-__device__ __forceinline__ void store(float* to, float x) { *to = x; }
-__device__ __forceinline__ void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16(x); }
-
 // kHeads: query heads of this thread block, padded up to a power of two; padding heads compute on zeros, write nothing.
 // Two thread blocks to a multiprocessor (at most 128 registers a thread) where that spills next to nothing.
-template <typename T, int D, int kHeads>
-__global__ void __launch_bounds__(kThreads, kHeads <= 4 && Shape<T, D>::kPerLane == 1 ? 2 : 1) decode(const Problem p) {
-  using S = Shape<T, D>;
+template <int D, int kHeads>
+__global__ void __launch_bounds__(kThreads, kHeads <= 4 && Shape<D>::kPerLane == 1 ? 2 : 1) decode(const Problem p) {
+  using S = Shape<D>;
   constexpr int kSlice = S::kPerLane * S::kVec;           // elements of D that one lane holds
   constexpr int kUnroll0 = kHeads >= 8 ? 2 : 4;           // registers bound it
   constexpr int kUnroll = kUnroll0 * S::kTeams > 16 ? 16 / S::kTeams : kUnroll0;
@@ -97,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kHeads <= 4 && Shape<T, D>::kPerLane
 
   // A lane's j-th vector is number member + j * kLanes of the token's, so that each load of a team is one run.
   float q[kHeads][kSlice], sum[kHeads][kSlice], top[kHeads], total[kHeads];
-  const T* queries = static_cast<const T*>(p.q) + sequence * p.q_stride + int64_t(first_head) * D;
+  const float* queries = static_cast<const float*>(p.q) + sequence * p.q_stride + int64_t(first_head) * D;
 #pragma unroll
   for (int h = 0; h < kHeads; h++) {
     top[h] = -FLT_MAX;  // not -inf: two of those would subtract to NaN
@@ -106,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, kHeads <= 4 && Shape<T, D>::kPerLane
     for (int j = 0; j < S::kPerLane; j++) {
       const int vec = member + j * S::kLanes;
       float x[S::kVec] = {};
-      if (h < num_heads && vec < S::kVecs) unpack<T>(reinterpret_cast<const uint4*>(queries + h * D)[vec], x);
+      if (h < num_heads && vec < S::kVecs) unpack(reinterpret_cast<const uint4*>(queries + h * D)[vec], x);
 #pragma unroll
       for (int e = 0; e < S::kVec; e++) {
         q[h][j * S::kVec + e] = x[e] * p.scale * kLog2e;
@@ -153,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kHeads <= 4 && Shape<T, D>::kPerLane
 #pragma unroll
       for (int j = 0; j < S::kPerLane; j++) {
         float x[S::kVec];
-        unpack<T>(k[u][j], x);
+        unpack(k[u][j], x);
 #pragma unroll
         for (int h = 0; h < kHeads; h++)
 #pragma unroll
@@ -189,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, kHeads <= 4 && Shape<T, D>::kPerLane
 #pragma unroll
       for (int j = 0; j < S::kPerLane; j++) {
         float x[S::kVec];
-        unpack<T>(v[u][j], x);
+        unpack(v[u][j], x);
 #pragma unroll
         for (int h = 0; h < kHeads; h++)
 #pragma unroll
@@ -215,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, kHeads <= 4 && Shape<T, D>::kPerLane
 
   // Warps of the thread block, one head at a time, which keeps shared memory small.
   __shared__ float sums[kWarps][D], tops[kWarps], totals[kWarps];
-  T* out = static_cast<T*>(p.out) + (int64_t(sequence) * p.heads + first_head) * D;
+  float* out = static_cast<float*>(p.out) + (int64_t(sequence) * p.heads + first_head) * D;
 #pragma unroll
   for (int h = 0; h < kHeads; h++) {
     if (h >= num_heads) break;  // the same for all threads
@@ -240,46 +223,46 @@ __global__ void __launch_bounds__(kThreads, kHeads <= 4 && Shape<T, D>::kPerLane
         all += weight * totals[w];
         result += weight * sums[w][threadIdx.x];
       }
-      store(out + h * D + threadIdx.x, all == 0.f ? 0.f : result / all);  // an empty row (padding) gives zeros
+      out[h * D + threadIdx.x] = all == 0.f ? 0.f : result / all;  // an empty row (padding) gives zeros
     }
     __syncthreads();
   }
   static_assert(D <= kThreads);
 }
 
-template <typename T, int D, int kHeads>
+template <int D, int kHeads>
 int launch(const Problem& p, cudaStream_t stream) {
   const int group = p.heads / p.kv_heads;
   const dim3 grid(unsigned(p.kv_heads * baton::ceil_div(group, kHeads)), unsigned(p.sequences));
-  decode<T, D, kHeads><<<grid, kThreads, 0, stream>>>(p);
+  decode<D, kHeads><<<grid, kThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
-template <typename T, int D>
+template <int D>
 int by_heads(const Problem& p, cudaStream_t stream) {
   const int group = p.heads / p.kv_heads;
-  if (group == 1) return launch<T, D, 1>(p, stream);
-  if (group == 2) return launch<T, D, 2>(p, stream);
-  if (group <= 4) return launch<T, D, 4>(p, stream);
-  return launch<T, D, kMaxHeads>(p, stream);
+  if (group == 1) return launch<D, 1>(p, stream);
+  if (group == 2) return launch<D, 2>(p, stream);
+  if (group <= 4) return launch<D, 4>(p, stream);
+  return launch<D, kMaxHeads>(p, stream);
 }
 
-int float_by_head_size(const Problem& p, int head_size, cudaStream_t stream) {
+int by_head_size(const Problem& p, int head_size, cudaStream_t stream) {
   switch (head_size) {
-    case 64: return by_heads<float, 64>(p, stream);
-    case 80: return by_heads<float, 80>(p, stream);
-    case 96: return by_heads<float, 96>(p, stream);
-    case 128: return by_heads<float, 128>(p, stream);
-    case 256: return by_heads<float, 256>(p, stream);
+    case 64: return by_heads<64>(p, stream);
+    case 80: return by_heads<80>(p, stream);
+    case 96: return by_heads<96>(p, stream);
+    case 128: return by_heads<128>(p, stream);
+    case 256: return by_heads<256>(p, stream);
     default: return cudaErrorInvalidValue;
   }
 }
 
 }  // namespace
 
-// dtype 0: float32, 1: bfloat16, for head size 256 alone: others are split_attention.cu's. Block sizes are multiples of 16. Table entries past a sequence's context are not read.
+// Block sizes are multiples of 16. Table entries past a sequence's context are not read.
 BATON_EXPORT int paged_decode_attention(const void* q, const void* pool, const int32_t* block_tables,
-                                        const int32_t* context_lens, void* out, int dtype, int64_t q_stride,
+                                        const int32_t* context_lens, void* out, int64_t q_stride,
                                         int sequences, int heads, int kv_heads, int head_size, int block_tokens,
                                         int layers, int layer, int table_stride, int window, float scale,
                                         cudaStream_t stream) {
@@ -288,7 +271,5 @@ BATON_EXPORT int paged_decode_attention(const void* q, const void* pool, const i
     return cudaErrorInvalidValue;
   const Problem p{q,       pool,  block_tables, context_lens, out,    q_stride, sequences, heads, kv_heads, block_tokens,
                   layers,  layer, table_stride, window,       scale};
-  if (dtype == 0) return float_by_head_size(p, head_size, stream);
-  if (dtype == 1 && head_size == 256) return by_heads<__nv_bfloat16, 256>(p, stream);
-  return cudaErrorInvalidValue;
+  return by_head_size(p, head_size, stream);
 }
