@@ -34,6 +34,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "gather_blocks": (c_void_p, c_void_p, c_void_p, c_int, c_int64, c_void_p),
     "scatter_blocks": (c_void_p, c_void_p, c_void_p, c_int, c_int64, c_void_p),
     "write_kv": (*[c_void_p] * 4, c_int64, c_int64, *[c_int] * 6, c_void_p),
+    "peer_sum": (*[c_void_p] * 9, *[c_int] * 5, c_float, c_void_p),
     "plan_split_decode": (*[c_void_p] * 2, *[c_int] * 7, c_void_p),
     "split_decode_attention": (*[c_void_p] * 9, c_int64, *[c_int] * 12, *[c_float] * 2, c_void_p),
     "paged_decode_attention": (*[c_void_p] * 5, c_int64, *[c_int] * 9, c_float, c_void_p),

@@ -50,4 +50,20 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// What this thread wrote is there for every GPU of the host, and the host, before what it writes next.
+__device__ __forceinline__ void fence_system() { __threadfence_system(); }
+
+// A number for another GPU to wait for, once all that this thread wrote, or met at a barrier, is there.
+__device__ __forceinline__ void signal_system(uint32_t* at, uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;\n" ::"l"(at), "r"(value) : "memory");
+}
+
+// Until the number is `value` or a later one. Numbers rise by one and may wrap around.
+__device__ __forceinline__ void await_system(const uint32_t* at, uint32_t value) {
+  uint32_t found;
+  do {
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];\n" : "=r"(found) : "l"(at) : "memory");
+  } while (int32_t(found - value) < 0);
+}
+
 }  // namespace baton

@@ -85,4 +85,16 @@ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   }
 }
 
+// Another GPU is another process that shares memory with this one.
+inline void fence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline void signal_system(uint32_t* at, uint32_t value) { std::atomic_ref(*at).store(value); }
+inline void await_system(const uint32_t* at, uint32_t value) {
+  const std::atomic_ref found(*const_cast<uint32_t*>(at));
+  const auto until = std::chrono::steady_clock::now() + std::chrono::minutes(1);
+  while (int32_t(found.load() - value) < 0) {
+    if (std::chrono::steady_clock::now() > until) emulation::fail("the other GPU sent nothing for a minute");
+    std::this_thread::yield();
+  }
+}
+
 }  // namespace baton
