@@ -4,7 +4,8 @@
 
 Times are those of CUDA graphs that hold one call for each layer or part of the memory, over more bytes than the L2
 cache holds where the case allows it; the median of several replays. "share" is of the rate of plain reads, the fastest
-that this memory was seen to do. Bytes count K and V once, however often a kernel reads them.
+that this memory was seen to do. Bytes count K and V once, however often a kernel reads them. Prefill attention is told
+in TFLOP/s of the lower triangle instead.
 """
 
 import argparse
@@ -13,21 +14,40 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from baton.kernels import build
+from baton.kernels.activation import silu_gate
 from baton.kernels.block_copy import gather_blocks, scatter_blocks
+from baton.kernels.norm import add_rms_norm, rms_norm
 from baton.kernels.paged_attention import Workspace, paged_decode_attention, plan_decode
+from baton.kernels.prefill_attention import paged_prefill_attention, plan_prefill
+from baton.kernels.rotary_write import plan_rotation, rotary_write
+from baton.kernels.sampling import ROW, RowTables, SamplingWorkspace, TokensOut, choose_tokens
+from baton.kernels.skinny_linear import SkinnyWorkspace, skinny_linear
 from baton.kernels.write_kv import write_kv
 
 GIB = 1 << 30
-LAYERS, KV_HEADS, BLOCK_TOKENS, HEAD_SIZE = 32, 8, 16, 128  # Llama 3 8B; 32 query heads
+LAYERS, HEADS, KV_HEADS, BLOCK_TOKENS, HEAD_SIZE = 32, 32, 8, 16, 128  # Llama 3 8B
+HIDDEN, INNER, POSITIONS = 4096, 14336, 8192
 POOL_TOKENS = 262_144  # 32 GiB
+VOCABULARY = 128_256
 REPLAYS = 7
 MIN_CALLS = 16  # in a graph: the start of a replay costs 10 to 70 us, which is not the kernel's
+LINEARS = {
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+    "head": (128256, 4096),
+}  # a layer's weights [outputs, inputs]
 
 RIVAL_US = {
     (1, 1024): 8.5, (16, 1024): 21.6, (64, 1024): 73.0, (256, 1024): 261.5,
@@ -39,6 +59,9 @@ RIVAL_US = {
 FlashAttention 3, on an H200 that read at RIVAL_PEAK bytes per second."""
 
 RIVAL_PEAK = 4.56e12
+
+RIVAL_PREFILL_MS = {(1, 2048): 0.0733, (1, 8192): 0.881, (4, 2048): 0.268, (1, 32768): 14.83}
+"""Prompts, tokens -> milliseconds of a layer's prefill attention over pages of 16, vLLM 0.26's FlashAttention 3."""
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -143,6 +166,126 @@ def bench_write_kv(table: Table, pool: Tensor, peak: float) -> None:
         table.row("write_kv", f"{tokens} tokens", calls=LAYERS, moved=moved, total_s=seconds(work), peak=peak)
 
 
+def bench_linear(table: Table, peak: float) -> None:
+    """Products with an 8B model's weights, ours and torch's (cuBLAS); then with what a layer does before and after."""
+    for name, (outputs, inputs) in LINEARS.items():
+        copies = max(2, GIB // 2 // (outputs * inputs * 2))  # a weight has left the L2 cache when its turn comes again
+        calls = max(16, copies)
+        torch.cuda.empty_cache()
+        weights = [torch.empty(outputs, inputs, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(copies)]
+        norm = torch.randn(inputs, device="cuda").to(torch.bfloat16)
+        workspace = SkinnyWorkspace(norm.device)
+        for rows in (1, 8, 16, 32, 64):
+            x = torch.randn(rows, inputs, device="cuda").to(torch.bfloat16)
+            out = torch.randn(rows, outputs, device="cuda").to(torch.bfloat16)
+            half = torch.empty(rows, outputs // 2, dtype=torch.bfloat16, device="cuda")
+            for kernel, call in linear_calls(name, x, norm, out, half, workspace).items():
+
+                def work(call: Callable[[Tensor], object] = call) -> None:
+                    for i in range(calls):  # noqa: B023 (called in this round only)
+                        call(weights[i % copies])  # noqa: B023
+
+                moved = calls * (outputs * inputs + rows * (inputs + outputs)) * 2
+                table.row(kernel, f"{name}, {rows} rows", calls=calls, moved=moved, total_s=seconds(work), peak=peak)
+
+
+def linear_calls(
+    name: str, x: Tensor, norm: Tensor, out: Tensor, half: Tensor, workspace: SkinnyWorkspace
+) -> dict[str, Callable[[Tensor], object]]:
+    """Ways to use a weight: the bare product, ours and torch's, and the same two with what goes with it in a layer."""
+    ours = partial(skinny_linear, x, workspace=workspace)
+    calls: dict[str, Callable[[Tensor], object]] = {
+        "skinny_linear, tile 128": lambda w: ours(w, out=out, tile=128),
+        "skinny_linear, tile 256": lambda w: ours(w, out=out, tile=256),
+        "torch": lambda w: torch.mm(x, w.T, out=out),
+    }
+    if name in ("o", "down"):
+        calls["skinny_linear, added"] = lambda w: ours(w, out=out, add=True)
+        calls["torch, added"] = lambda w: out.add_(torch.mm(x, w.T))
+    elif name == "gate_up":
+        calls["skinny_linear, gated"] = lambda w: ours(w, out=half, norm=norm, eps=1e-5, gate=True)
+        calls["torch, gated"] = lambda w: silu_gate(torch.mm(rms_norm(x, norm, 1e-5), w.T))
+    else:
+        calls["skinny_linear, normed"] = lambda w: ours(w, out=out, norm=norm, eps=1e-5)
+        calls["torch, normed"] = lambda w: torch.mm(rms_norm(x, norm, 1e-5), w.T, out=out)
+    return calls
+
+
+def bench_layer(table: Table, pool: Tensor, peak: float) -> None:
+    """What lies between a layer's products. Each call has inputs of its own, as long as those of all fit 4 GiB."""
+    device, dtype = pool.device, pool.dtype
+
+    def numbers(*size: int) -> Tensor:
+        return torch.randn(size, device=device, dtype=dtype)
+
+    weight, cos, sin = numbers(HIDDEN), numbers(POSITIONS, HEAD_SIZE), numbers(POSITIONS, HEAD_SIZE)
+    for tokens in (1, 16, 64, 256, 2048, 8192):
+        slots = torch.randperm(POOL_TOKENS, device=device)[:tokens]
+        rotation = plan_rotation(cos, sin, torch.randint(POSITIONS, (tokens,), device=device), pool)
+        for name, width, moved in (  # elements of an input; elements that one token moves
+            ("add_rms_norm", 2 * HIDDEN, 4 * HIDDEN),
+            ("rotary_write", (HEADS + 2 * KV_HEADS) * HEAD_SIZE, 2 * (HEADS + 2 * KV_HEADS) * HEAD_SIZE),
+            ("silu_gate", 2 * INNER, 3 * INNER),
+        ):
+            calls = max(1, min(LAYERS, 4 * GIB // (tokens * width * dtype.itemsize)))
+            inputs = numbers(calls, tokens, width)
+            out = torch.empty(tokens, width // 2, device=device, dtype=dtype)
+
+            def work() -> None:
+                for layer, given in enumerate(inputs):  # noqa: B023 (called in this round only)
+                    if name == "add_rms_norm":  # noqa: B023
+                        delta, stream = given.view(2, tokens, HIDDEN)  # noqa: B023
+                        add_rms_norm(delta, stream, weight, 1e-5, out)  # noqa: B023
+                    elif name == "rotary_write":  # noqa: B023
+                        rotary_write(given.view(tokens, -1, HEAD_SIZE), rotation, pool, layer, slots)  # noqa: B023
+                    else:
+                        silu_gate(given, out)  # noqa: B023
+
+            case, total = f"{tokens} tokens", seconds(work)
+            table.row(name, case, calls=calls, moved=calls * tokens * moved * dtype.itemsize, total_s=total, peak=peak)
+
+
+SAMPLING = {
+    "greedy": {},
+    "temperature": {"top_k": VOCABULARY},
+    "top-k 50": {"top_k": 50},
+    "top-p .9": {"top_k": VOCABULARY, "top_p": 0.9},
+    "top-p .9, flat": {"top_k": VOCABULARY, "top_p": 0.9, "rate": 0.01},  # nine tenths of the vocabulary, bins are full
+    "logprobs 20": {"logprobs": 20},
+}
+
+
+def bench_sampling(table: Table, peak: float) -> None:
+    """Logits of a large vocabulary to tokens: bytes are those of the passes over the logits, one or three."""
+    for rows in (1, 16, 64, 256):
+        logits_bytes = rows * VOCABULARY * 2
+        calls = max(2, min(64, GIB // logits_bytes))
+        logits = torch.randn(calls, rows, VOCABULARY, device="cuda").mul_(3).to(torch.bfloat16)
+        at = torch.arange(rows, dtype=torch.int32, device="cuda")
+        workspace, out = SamplingWorkspace(), TokensOut.empty(rows, 20, logits.device)
+        for case, given in SAMPLING.items():
+            tables, its = RowTables.empty(rows, VOCABULARY, logits.device), np.zeros(rows, ROW)
+            its["stream"] = np.arange(rows, dtype=np.uint64) << np.uint64(32)
+            its["top_p"], its["repetition"], its["logprobs"] = np.inf, 1, -1
+            its["rate"], its["least"] = 1.4427, -np.inf
+            for name, value in given.items():
+                its[name] = value
+            tables.rows.copy_(torch.from_numpy(its.view(np.uint8).reshape(rows, -1)))
+
+            def work() -> None:
+                for one in logits:  # noqa: B023 (called in this round only)
+                    choose_tokens(one, out, workspace, tables, at, at, more=case != "greedy")  # noqa: B023
+
+            table.row(
+                "choose_tokens",
+                f"{rows} x {VOCABULARY}, {case}",
+                calls=calls,
+                moved=calls * logits_bytes * (1 if case == "greedy" else 3),
+                total_s=seconds(work),
+                peak=peak,
+            )
+
+
 def bench_attention(table: Table, peak: float, quick: bool) -> None:
     """Decode attention, 32 query heads on 8, shuffled blocks of 16, a call for each layer, the plan outside."""
     cells = list(RIVAL_US)
@@ -154,7 +297,7 @@ def bench_attention(table: Table, peak: float, quick: bool) -> None:
         order = torch.randperm(len(pool), device=pool.device)
         tables = order.view(sequences, -1).to(torch.int32).contiguous()
         lens = torch.full((sequences,), context, dtype=torch.int32, device=pool.device)
-        q = torch.randn(sequences, 32, HEAD_SIZE, device=pool.device).to(pool.dtype)
+        q = torch.randn(sequences, HEADS, HEAD_SIZE, device=pool.device).to(pool.dtype)
         out = torch.empty_like(q)
         plan = plan_decode(pool, tables, lens, {None}, Workspace())
         calls = layers * -(-MIN_CALLS // layers)
@@ -175,6 +318,40 @@ def bench_attention(table: Table, peak: float, quick: bool) -> None:
             peak=peak,
         )
         print(f"{'':<58}{'share / best rival' + chr(39) + 's':>22} {rate / peak / rival:.3f}", flush=True)
+
+
+def bench_prefill(quick: bool) -> None:
+    """Whole prompts, 32 query heads on 8, shuffled blocks of 16, a call for each layer, the plan outside; then torch's
+    cuDNN attention over K and V gathered before."""
+    cells = list(RIVAL_PREFILL_MS)
+    for prompts, tokens in cells[:3] if quick else cells:
+        layers = 4
+        torch.cuda.empty_cache()
+        pool = random_pool(prompts * tokens // BLOCK_TOKENS, layers)
+        order = torch.randperm(len(pool), device=pool.device)
+        tables = order.view(prompts, -1).to(torch.int32).contiguous()
+        starts, lens = [i * tokens for i in range(prompts + 1)], [tokens] * prompts
+        q = torch.randn(prompts * tokens, 32, HEAD_SIZE, device=pool.device).to(pool.dtype)
+        out = torch.empty_like(q)
+        plan = plan_prefill(pool, tables, starts, lens, {None})
+
+        def paged() -> None:
+            for layer in range(layers):  # noqa: B023
+                paged_prefill_attention(q, pool, layer, tables, starts, lens, HEAD_SIZE**-0.5, None, plan, out)  # noqa: B023
+
+        kv = torch.randn(2, prompts, KV_HEADS, tokens, HEAD_SIZE, device=pool.device).to(pool.dtype)
+        queries = q.view(prompts, tokens, 32, HEAD_SIZE).transpose(1, 2)
+
+        def gathered() -> None:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                for _ in range(layers):  # noqa: B023
+                    scaled_dot_product_attention(queries, kv[0], kv[1], is_causal=True, enable_gqa=True)  # noqa: B023
+
+        work = 2 * prompts * tokens * (tokens + 1) * 32 * HEAD_SIZE  # multiply-adds of both products, two each
+        for name, run in (("paged_prefill_attention", paged), ("cuDNN, gathered before", gathered)):
+            call_s = seconds(run) / layers
+            case, rival = f"{prompts} x {tokens}", RIVAL_PREFILL_MS[prompts, tokens] / 1e3 / call_s
+            print(f"{name:<24}{case:<34}{call_s * 1e6:>11.1f}{work / call_s / 1e12:>9.0f} TFLOP/s, rival {rival:.3f}")
 
 
 def random_pool(num_blocks: int, layers: int) -> Tensor:
@@ -200,9 +377,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         reads = probe(table, Path(folder))
     torch.cuda.empty_cache()
+    bench_linear(table, reads)
+    bench_sampling(table, reads)
     bench_attention(table, reads, quick)
+    bench_prefill(quick)
     pool = random_pool(POOL_TOKENS // BLOCK_TOKENS, LAYERS)
     bench_write_kv(table, pool, reads)
+    bench_layer(table, pool, reads)
     bench_block_copy(table, pool, reads)
     return 0
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from baton.core.request import Sampling
+from baton.engine.device_table import DeviceSamplingTable, sampling_table
 from baton.engine.sampler import SamplingRows, sample
 from baton.engine.sampling_table import SamplingTable
 
@@ -24,6 +25,7 @@ CASES = {
     "temperature": Sampling(max_tokens=1000, temperature=0.8),
     "top-k 40": Sampling(max_tokens=1000, temperature=0.8, top_k=40),
     "top-p .9": Sampling(max_tokens=1000, temperature=0.8, top_p=0.9),
+    "all three": Sampling(max_tokens=1000, temperature=0.8, top_k=50, top_p=0.9, min_p=0.02),
     "penalties": Sampling(max_tokens=1000, temperature=0.0, repetition_penalty=1.1, frequency_penalty=0.2),
     "logprobs 5": Sampling(max_tokens=1000, temperature=0.0, logprobs=5),
 }
@@ -45,7 +47,7 @@ def device_seconds(logits: Tensor, rows: SamplingRows) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def measure(logits: Tensor, table: SamplingTable) -> tuple[float, float, float]:
+def measure(logits: Tensor, table: SamplingTable | DeviceSamplingTable) -> tuple[float, float, float]:
     """Median seconds of take, sample and all."""
     count = len(logits)
     rows, takes, samples, totals = np.arange(count), [], [], []
@@ -71,7 +73,7 @@ def bench(device: torch.device, vocab_size: int, dtype: torch.dtype) -> None:
     for case, params in CASES.items():
         for count in SEQUENCES:
             logits = torch.randn(count, vocab_size, generator=torch.Generator().manual_seed(0)) * 3
-            table = SamplingTable(count, vocab_size, device)
+            table = sampling_table(count, vocab_size, device)
             for row in range(count):
                 said = dice.integers(0, vocab_size, PROMPT_TOKENS + ANSWER_TOKENS)
                 table.put(row, params, said[:PROMPT_TOKENS], said[PROMPT_TOKENS:].tolist())

@@ -34,9 +34,8 @@ class RankPart:
 
     def _capture(self) -> Capture | None:
         """None where a step waits for the device somewhere, or meets other ranks."""
-        pool, config = self.kv_cache.pool, self.model.config
-        alone = len(self.kv_cache.heads) == config.num_kv_heads
-        can = pool.is_cuda and alone and config.experts is None and is_fused(pool)
+        pool, alone = self.kv_cache.pool, len(self.kv_cache.heads) == self.kv_cache.geometry.num_kv_heads
+        can = pool.is_cuda and alone and is_fused(pool) and self.model.config.experts is None
         return CudaCapture(pool.device) if can else None
 
 

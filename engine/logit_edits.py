@@ -32,7 +32,7 @@ class LogitEdits:
 
     def __init__(self, sampling: Sampling, prompt: Seq[int]) -> None:
         self._sampling = sampling
-        self._penalises = _penalises(sampling)
+        self._penalises = penalises(sampling)
         seen = np.unique(np.array(prompt if sampling.repetition_penalty != 1 else (), np.int64))
         self._size = len(seen)
         self._ids = np.empty(len(seen) + _FIRST_ROOM, dtype=np.int64)
@@ -51,7 +51,7 @@ class LogitEdits:
     @classmethod
     def of(cls, sampling: Sampling, prompt: Seq[int], answer: Iterable[int] = ()) -> "LogitEdits | None":
         """None where nothing is asked for, or nothing any more after this answer."""
-        if not (_penalises(sampling) or sampling.logit_bias or sampling.min_tokens):
+        if not (penalises(sampling) or sampling.logit_bias or sampling.min_tokens):
             return None
         edits = cls(sampling, prompt)
         for token in answer:
@@ -98,7 +98,8 @@ class LogitEdits:
         self._values[which, slot] = value
 
 
-def _penalises(sampling: Sampling) -> bool:
+def penalises(sampling: Sampling) -> bool:
+    """It changes the logits of tokens that are there already."""
     return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
 
 

@@ -1,14 +1,17 @@
 """Log probabilities of tokens, before edits, temperature and filters: of the answer's and of the prompt's."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..core.request import TokenLogprobs
+from ..kernels.sampling import MAX_BEST, MAX_VOCABULARY, SamplingWorkspace, TokensOut, serves, token_logprobs
 from .ranking import best_first, parts
 from .staging import HostCopy
+
+_AT_ONCE = 4096  # rows of logits, of a prompt, for the kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +36,12 @@ class PendingLogprobs:
     def ready(self) -> bool:
         return self._copy.ready()
 
-    def result(self, counts: Seq[int] | None = None) -> list[TokenLogprobs]:
-        """Waits. counts: how many of the best each token is given; None: all k."""
-        own, top, top_ids = (part.tolist() for part in self._copy.wait())
+    def result(self, counts: Seq[int] | None = None, rows: Seq[int] | None = None) -> list[TokenLogprobs]:
+        """Waits. counts: how many of the best each token is given; None: all k. rows: of which tokens; None: all."""
+        parts = self._copy.wait()
+        if rows is not None and len(rows) < len(parts[0]):
+            parts = [part[list(rows)] for part in parts]
+        own, top, top_ids = (part.tolist() for part in parts)
         wanted = [None] * len(own) if counts is None else counts
         return [
             TokenLogprobs(logprob, tuple(zip(ids[:count], values[:count], strict=True)))
@@ -52,10 +58,23 @@ def ranked_logprobs(logits: Tensor, token_ids: Tensor, count: int) -> RankedLogp
     """
     rows, vocab_size = logits.shape
     assert token_ids.shape == (rows,), (token_ids.shape, logits.shape)
+    if count <= MAX_BEST and vocab_size <= MAX_VOCABULARY and serves(logits.device):
+        return _by_kernels(logits, token_ids, min(count, vocab_size))
     found = [
         _ranked(logits[part].float(), token_ids[part].clamp(min=0), min(count, vocab_size))
         for part in parts(rows, vocab_size, logits.device)
     ]
+    own, top, top_ids = (torch.cat(column) for column in zip(*found, strict=True))
+    return RankedLogprobs(own, top, top_ids)
+
+
+def _by_kernels(logits: Tensor, token_ids: Tensor, count: int) -> RankedLogprobs:
+    rows, found = len(logits), []
+    for start in range(0, max(rows, 1), _AT_ONCE):
+        part = slice(start, min(start + _AT_ONCE, rows))
+        out = replace(TokensOut.empty(part.stop - start, count, logits.device), token_ids=token_ids[part].contiguous())
+        token_logprobs(logits[part], out, count, SamplingWorkspace())
+        found.append((out.own, out.top, out.top_ids))
     own, top, top_ids = (torch.cat(column) for column in zip(*found, strict=True))
     return RankedLogprobs(own, top, top_ids)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.request import TokenLogprobs
+from ..kernels.sampling import Masks, RowTables, SamplingWorkspace, TokensOut, choose_tokens
 from .draws import DrawRows, draw
 from .logit_edits import EditedPlaces, TokenMasks, edited, masked
 from .logprobs import PendingLogprobs, RankedLogprobs, ranked_logprobs
@@ -27,13 +28,25 @@ NO_TOKEN = -1  # of a row whose logits give none
 class LogprobRows:
     """The rows of the logits whose logprobs are wanted."""
 
-    at: Tensor  # [L] i64, on the logits' device
+    at: Tensor | None  # [L] i64, on the logits' device; None: all rows have some, of which these are looked at
     rows: tuple[int, ...]  # L, the same
     counts: tuple[int, ...]  # L: how many of the best
 
     @property
     def most(self) -> int:
         return max(self.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRows:
+    """Where a GPU has the parameters of S rows of logits. Its kernels choose, as docs/sampling.md says."""
+
+    workspace: SamplingWorkspace
+    tables: RowTables | None = None  # None, with the next two: all rows are greedy
+    at: Tensor | None = None  # [S] i32: rows of the tables
+    positions: Tensor | None = None  # [S] i32: of the token in its answer
+    more: bool = False  # some row draws or asks for logprobs
+    counts: bool = False  # some row must learn which token it is given
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +58,7 @@ class SamplingRows:
     edits: EditedPlaces | None = None
     masks: TokenMasks | None = None
     logprobs: LogprobRows | None = None
+    on_device: DeviceRows | None = None  # instead of draws and edits
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +91,7 @@ class Pending:
         token_ids = chosen if complete else np.where(usable, chosen, NO_TOKEN)
         if self._logprobs is None or self._rows is None:
             return Sampled(token_ids, complete, {})
-        found = self._logprobs.result(self._rows.counts)
+        found = self._logprobs.result(self._rows.counts, self._rows.rows if self._rows.at is None else None)
         return Sampled(token_ids, complete, dict(zip(self._rows.rows, found, strict=True)))
 
 
@@ -106,6 +120,8 @@ def sample(logits: Tensor, rows: SamplingRows) -> Drawn:
     row gets some token here, and on the host NO_TOKEN.
     """
     assert logits.shape[0] == rows.count, (logits.shape, rows.count)
+    if rows.on_device is not None:
+        return _chosen_by_kernels(logits, rows, rows.on_device)
     values = logits if rows.edits is None else edited(logits, rows.edits)
     # In f32: torch's argmax of bfloat16 is three times as slow on a CPU.
     values = values.float() if rows.masks is None else masked(values, rows.masks)
@@ -124,8 +140,21 @@ def sample(logits: Tensor, rows: SamplingRows) -> Drawn:
     if rows.logprobs is None:
         return Drawn(token_ids, largest)
     at = rows.logprobs.at
+    assert at is not None
     found = ranked_logprobs(logits[at], token_ids[at], rows.logprobs.most)
     return Drawn(token_ids, largest, found, rows.logprobs)
+
+
+def _chosen_by_kernels(logits: Tensor, rows: SamplingRows, its: DeviceRows) -> Drawn:
+    out = TokensOut.empty(rows.count, rows.logprobs.most if rows.logprobs else 0, logits.device)
+    masks: Masks | None = None
+    if rows.masks is not None:
+        of = torch.full((rows.count,), -1, dtype=torch.int32, device=logits.device)
+        numbers = torch.arange(len(rows.masks.rows), dtype=torch.int32, device=logits.device)
+        masks = Masks(rows.masks.bits, of.index_copy_(0, rows.masks.rows, numbers))
+    choose_tokens(logits, out, its.workspace, its.tables, its.at, its.positions, masks, more=its.more)
+    found = RankedLogprobs(out.own, out.top, out.top_ids) if rows.logprobs else None
+    return Drawn(out.token_ids, out.largest, found, rows.logprobs)
 
 
 def _allowed(largest: Tensor, values: Tensor, best: Tensor, masks: TokenMasks) -> Tensor:

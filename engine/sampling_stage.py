@@ -8,11 +8,11 @@ import numpy as np
 from torch import Tensor
 
 from ..kernels.device_wait import mark, wait_for
+from .device_table import sampling_table
 from .engine import Engine
 from .flight import Flight, PromptPart
 from .logprobs import PendingLogprobs, PromptLogprobs, ranked_logprobs
 from .sampler import Sampled, sample
-from .sampling_table import SamplingTable
 from .sequence import Sequence
 from .staging import Staging
 from .step_input import I64
@@ -27,7 +27,7 @@ class SamplingStage:
     def __init__(self, engine: Engine) -> None:
         self._executor = engine.executor
         self._staging = Staging(engine.device)
-        self._table = SamplingTable(engine.max_batch, engine.config.vocab_size, engine.device)
+        self._table = sampling_table(engine.max_batch, engine.config.vocab_size, engine.device)
         self._prompts: dict[Sequence, PromptLogprobs] = {}
 
     def put(self, row: int, seq: Sequence) -> None:
@@ -65,7 +65,9 @@ class SamplingStage:
             return
         if at is not None and flight.sampled_at is not None:
             logits = logits.index_select(0, at)
-        drawn = sample(logits, self._table.take(flight.sampled_rows, flight.positions))
+        rows = self._table.take(flight.sampled_rows, flight.positions)
+        drawn = sample(logits, rows)
+        self._table.chosen(rows, drawn.token_ids)
         self._executor.accept(drawn.token_ids)
         flight.pending = drawn.to_host()
 

@@ -80,6 +80,9 @@ class SamplingTable:
             del self._edits[row]
             self._set_plain(row, bool(self._way[row] == Way.GREEDY and self._logprobs[row] == _NO_LOGPROBS))
 
+    def chosen(self, rows: SamplingRows, token_ids: Tensor) -> None:
+        """Nothing to do: `add` tells what a row has been given."""
+
     def take(self, rows: Indices, positions: Indices) -> SamplingRows:
         """How to choose for S rows of logits.    rows [S]; positions [S] of the token in its answer, from 0
 

@@ -29,6 +29,9 @@ FLAGS = ("-shared", "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden",
 COMPILE_TIMEOUT_S = 600.0
 LOCK_TIMEOUT_S = 900.0  # another process may be compiling
 
+# dtype codes of the C interface
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
 # name in the library -> types of its arguments; every one ends in the stream and returns a cudaError_t
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "gather_blocks": (c_void_p, c_void_p, c_void_p, c_int, c_int64, c_void_p),
@@ -38,8 +41,16 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "plan_split_decode": (*[c_void_p] * 2, *[c_int] * 7, c_void_p),
     "split_decode_attention": (*[c_void_p] * 9, c_int64, *[c_int] * 12, *[c_float] * 2, c_void_p),
     "paged_decode_attention": (*[c_void_p] * 5, c_int64, *[c_int] * 9, c_float, c_void_p),
+    "prefill_attention": (*[c_void_p] * 9, c_int64, c_int64, *[c_int] * 13, c_float, c_void_p),
+    "skinny_linear": (*[c_void_p] * 7, c_int64, c_int64, *[c_int] * 7, c_float, c_void_p),
+    "choose_tokens": (*[c_void_p] * 17, c_int64, *[c_int] * 8, c_void_p),
+    "count_tokens": (*[c_void_p] * 5, c_int, c_int, c_void_p),
+    "rotary_write": (*[c_void_p] * 9, c_int, c_int64, c_int64, *[c_int] * 7, c_float, c_void_p),
+    "add_rms_norm": (*[c_void_p] * 4, *[c_int] * 3, c_float, c_void_p),
+    "silu_gate": (*[c_void_p] * 2, *[c_int] * 3, c_void_p),
 }
 
+_CPU = torch.device("cpu")
 _log = logging.getLogger(__name__)
 
 
@@ -57,7 +68,7 @@ def cuda_library(device: torch.device) -> ctypes.CDLL | None:
     Its functions raise CudaError. That is None for a device other than a GPU, and, with one warning, where the library
     is neither cached nor can be compiled for want of nvcc. Raises BuildError when nvcc fails.
     """
-    if device.type != "cuda":
+    if device == _CPU or device.type != "cuda":  # asked often: `type` makes a string, which takes a microsecond
         return None
     return _library_for(torch.cuda.get_device_capability(device))
 
@@ -81,6 +92,11 @@ def vector_rows(x: torch.Tensor) -> torch.Tensor:
     if is_run and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def whole_vectors(x: torch.Tensor, parts: int = 1) -> bool:
+    """Whether x [..., D] is one run of memory whose rows, or each of their equal parts, are whole 16-byte vectors."""
+    return x.is_contiguous() and x.shape[-1] * x.element_size() % (16 * parts) == 0 and x.data_ptr() % 16 == 0
 
 
 @functools.cache

@@ -1,16 +1,90 @@
-"""The product with a weight matrix, and the weight's layout where the CPU has a better one than rows."""
+"""The product with a weight matrix, with what comes before and after it; and the weight's layout where the CPU has a
+better one than rows."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .activation import silu_gate
+from .build import cuda_library
+from .norm import rms_norm
+from .skinny_linear import MOST_ROWS, SkinnyWorkspace, fits_skinny, skinny_linear
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b.    x [T, I], weight [O, I], as it is or packed, bias [O] -> [T, O]."""
+
+def most_skinny_rows(outputs: int, inputs: int) -> int:
+    """Up to how many rows `skinny_linear` serves a weight [O, I]; more are torch's (cuBLAS)."""
+    return MOST_ROWS  # of any shape: the rows at which cuBLAS is faster have not been measured
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    workspace: SkinnyWorkspace | None = None,
+    invariant: bool = False,
+) -> Tensor:
+    """x W^T + b, or rms_norm(x, norm, eps) W^T + b.
+
+    x [T, I], weight [O, I], as it is or packed, bias [O], norm [I] -> [T, O].
+    workspace: lets few rows on a GPU go to `skinny_linear`. invariant: any number of rows do, where it fits them, so
+    that a row's result does not depend on how many there are.
+    """
+    if _is_skinny(x, weight, workspace, invariant, bias, norm):
+        assert workspace is not None
+        return skinny_linear(x, weight, workspace, bias, norm=norm, eps=eps)
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
     if weight.is_mkldnn:
         packed: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return packed
     return functional.linear(x, weight, bias)
+
+
+def add_linear(
+    stream: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    workspace: SkinnyWorkspace | None = None,
+    invariant: bool = False,
+) -> Tensor:
+    """stream += x W^T + b, in place.    stream [T, O] -> itself; the rest as `linear` has it."""
+    if _is_skinny(x, weight, workspace, invariant, bias, stream):
+        assert workspace is not None
+        return skinny_linear(x, weight, workspace, bias, add=True, out=stream)
+    return stream.add_(linear(x, weight, bias))
+
+
+def gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    workspace: SkinnyWorkspace | None = None,
+    invariant: bool = False,
+) -> Tensor:
+    """silu(gate) * up of a product whose columns are the gate's, then up's.
+
+    x [T, I], weight [2F, I], the gate's rows first, bias [2F] -> [T, F]; the rest as `linear` has it.
+    """
+    if weight.shape[0] % 16 == 0 and _is_skinny(x, weight, workspace, invariant, bias, norm):
+        assert workspace is not None
+        return skinny_linear(x, weight, workspace, bias, norm=norm, eps=eps, gate=True)
+    return silu_gate(linear(x, weight, bias, norm=norm, eps=eps))
+
+
+def _is_skinny(
+    x: Tensor, weight: Tensor, workspace: SkinnyWorkspace | None, invariant: bool, *others: Tensor | None
+) -> bool:
+    if workspace is None or cuda_library(x.device) is None or not fits_skinny(x, weight, *others):
+        return False
+    return invariant or x.shape[0] <= most_skinny_rows(*weight.shape)
 
 
 def pack_weight(weight: Tensor) -> Tensor:

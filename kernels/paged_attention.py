@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .build import cuda_library, stream, vector_rows
+from .build import DTYPES, cuda_library, stream, vector_rows
 from .split_attention import MAX_TOKENS, SPLIT_HEAD_SIZES, SplitPlan, SplitWorkspace, plan_split, split_decode_attention
 
 CUDA_HEAD_SIZES = (64, 80, 96, 128, 256)  # those that csrc/paged_attention.cu is compiled for
@@ -194,7 +194,7 @@ def _attend(q: Tensor, pool: Tensor, layer: int, scale: float, window: int | Non
 def _cuda_library(pool: Tensor) -> ctypes.CDLL | None:
     """The CUDA library where it has this op for such a pool."""
     block_tokens, head_size = pool.shape[-2:]
-    if pool.dtype not in (torch.float32, torch.bfloat16) or head_size not in CUDA_HEAD_SIZES or block_tokens % 16 != 0:
+    if pool.dtype not in DTYPES or head_size not in CUDA_HEAD_SIZES or block_tokens % 16 != 0:
         return None
     return cuda_library(pool.device)
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .build import cuda_library, stream
+from .build import DTYPES, cuda_library, stream
 from .norm import rms_norm_reference
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MOST_VECTORS = 4096  # of 16 bytes in a row
 
 
@@ -91,7 +90,7 @@ class PeerSum:
             None if residual is None else residual.data_ptr(),
             None if weight is None else weight.data_ptr(),
             out.data_ptr(),
-            _DTYPES[x.dtype],
+            DTYPES[x.dtype],
             self._rank,
             x.shape[0],
             rows,

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .prefill_tiles import TilePlan, plan_tiles, tile_library, tile_prefill_attention
+
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
@@ -21,9 +23,10 @@ class _Chunk:
 
 @dataclass(frozen=True, slots=True)
 class PrefillPlan:
-    """What all layers of one step share."""
+    """What all layers of one step share: the kernel's plan where it serves, else the torch path's."""
 
     chunks: tuple[_Chunk, ...]
+    tiles: TilePlan | None = None
 
 
 def paged_prefill_attention(
@@ -36,13 +39,16 @@ def paged_prefill_attention(
     scale: float,
     window: int | None = None,
     plan: PrefillPlan | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of chunks of several sequences over their own contexts, cached prefix and chunk.
 
     q [T, H, D], the chunks one after the other; pool [N, L, 2, G, P, D], contiguous; block_tables [S, B] i32;
     query_starts S + 1 ints, chunk s is rows [query_starts[s], query_starts[s + 1]); context_lens S ints, the chunk
     counted and its K and V written already; window: a query sees the last `window` keys up to itself. plan:
-    `plan_prefill(...)` of these, the same for all layers of a step; None: made here. -> [T, H, D].
+    `plan_prefill(...)` of these, the same for all layers of a step; None: made here. lse: [T, H] f32, contiguous, gets
+    the logarithm of each row's sum of exponentials, where `is_tiled(pool)` alone. -> [T, H, D], or `out`.
     """
     _, num_layers, _, heads, block_tokens, head_size = pool.shape
     assert q.ndim == 3, q.shape
@@ -51,15 +57,28 @@ def paged_prefill_attention(
     assert len(query_starts) == len(context_lens) + 1 == block_tables.shape[0] + 1, (query_starts, context_lens)
     assert query_starts[-1] == q.shape[0], (query_starts, q.shape)
     assert 0 <= layer < num_layers, (layer, pool.shape)
+    result = (
+        out if out is not None and out.is_contiguous() else torch.empty_like(q, memory_format=torch.contiguous_format)
+    )
+    assert result.shape == q.shape, (result.shape, q.shape)
+    assert result.dtype == q.dtype, (result.dtype, q.dtype)
     if plan is None:
         plan = plan_prefill(pool, block_tables, query_starts, context_lens, {window})
-    lines = pool.view(-1, block_tokens * head_size)[layer * 2 * heads :]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for chunk in plan.chunks:
-        gathered = lines.index_select(0, chunk.rows).view(2, heads, 1, -1, head_size)
-        mine = slice(chunk.start, chunk.end)
-        out[mine] = _attend(q[mine], gathered[:, :, :, : chunk.context_len], chunk.masks[window], scale)
-    return out
+    if plan.tiles is not None:
+        tile_prefill_attention(q, pool, layer, block_tables, scale, window, plan.tiles, result, lse)
+    else:
+        assert lse is None, "only the kernel gives it"
+        lines = pool.view(-1, block_tokens * head_size)[layer * 2 * heads :]
+        for chunk in plan.chunks:
+            gathered = lines.index_select(0, chunk.rows).view(2, heads, 1, -1, head_size)
+            mine = slice(chunk.start, chunk.end)
+            result[mine] = _attend(q[mine], gathered[:, :, :, : chunk.context_len], chunk.masks[window], scale)
+    return result if out is None or out is result else out.copy_(result)
+
+
+def is_tiled(pool: Tensor) -> bool:
+    """The kernel for Hopper serves such a pool."""
+    return tile_library(pool) is not None
 
 
 def plan_prefill(
@@ -69,7 +88,9 @@ def plan_prefill(
     context_lens: Sequence[int],
     windows: Set[int | None],
 ) -> PrefillPlan:
-    """The plan of a step whose layers use these windows."""
+    """The plan of a step whose layers use these windows. Waits for no GPU where `is_tiled(pool)`."""
+    if tile_library(pool) is not None:
+        return PrefillPlan((), plan_tiles(query_starts, context_lens))
     _, num_layers, _, heads, block_tokens, _ = pool.shape
     of_head = torch.arange(2 * heads, device=pool.device)[:, None]
     chunks = []

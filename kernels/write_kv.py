@@ -11,13 +11,14 @@ from .build import cuda_library, stream, vector_rows
 def write_kv(k: Tensor, v: Tensor, pool: Tensor, layer: int, slots: Tensor, plan: Tensor | None = None) -> None:
     """pool[slot // P, layer, 0 | 1, :, slot % P] = k | v for each token.
 
-    k, v [T, G, D]; pool [N, L, 2, G, P, D], contiguous; slots [T] i64 = block * P + offset, all different.
+    k, v [T, G, D]; pool [N, L, 2, G, P, D], contiguous; slots [T] i64 = block * P + offset, all different; where a
+    kernel serves, a slot may be -1, and its token is left out.
     plan: `plan_write(pool, slots)`, the same for all layers of a step; None: made here.
     """
     _, num_layers, _, heads, block_tokens, head_size = pool.shape
     assert k.shape == v.shape == (slots.shape[0], heads, head_size), (k.shape, v.shape, slots.shape, pool.shape)
     assert 0 <= layer < num_layers, (layer, pool.shape)
-    library = _cuda_library(pool)
+    library = _cuda_library(pool) if plan is None else None  # a plan is of the torch path
     if library is not None:
         _launch(library, k, v, pool, layer, slots)
         return

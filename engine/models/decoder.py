@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...kernels.rotary_write import plan_rotation
 from ..batch import Batch
 from .config import ModelConfig
 from .layers import (
@@ -54,14 +55,15 @@ class Model:
         pool [N, L, 2, G, P, D]: G KV heads of this rank. Ranks that share a model call this with equal batches; others
         than rank 0 get an empty tensor.
         """
-        cos, sin = (table.index_select(0, batch.positions)[:, None] for table in (self.cos, self.sin))
-        step = Step(batch, pool, cos, sin)
+        step = Step(batch, pool, plan_rotation(self.cos, self.sin, batch.positions, pool))
         stream = self.embedding(batch.token_ids)
+        delta: Tensor | None = None  # what the stream still lacks
         for layer in self.layers:
-            stream = layer(stream, step)
+            delta = layer(stream, delta, step)
         if batch.wanted is not None:
             stream = stream.index_select(0, batch.wanted)
-        return self.head(self.norm(stream))
+            delta = None if delta is None else delta.index_select(0, batch.wanted)
+        return self.head(self.norm(stream, delta))
 
 
 def read_model(

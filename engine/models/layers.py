@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ...kernels.activation import silu_gate
 from ...kernels.experts import mix_experts, route
 from ...kernels.linear import linear, pack_weight
-from ...kernels.norm import rms_norm
-from ...kernels.rotary import rotary
-from ...kernels.write_kv import write_kv
+from ...kernels.norm import add_rms_norm, rms_norm
+from ...kernels.rotary_write import HeadNorms, Rotation, rotary_write
 from ..attention import attend
 from ..batch import Batch
 from ..parallel.communicator import Communicator
@@ -84,13 +82,16 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """RMS norm over the last axis."""
+    """RMS norm of the stream, after what the stream still lacks is added to it: one pass over memory for both."""
 
-    weight: Tensor
+    weight: Tensor  # [hidden]
     eps: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def __call__(self, stream: Tensor, delta: Tensor | None = None) -> Tensor:
+        """stream += delta, in place; -> the norm of the sum. Both [rows, hidden]."""
+        if delta is None:
+            return rms_norm(stream, self.weight, self.eps)
+        return add_rms_norm(delta, stream, self.weight, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +100,7 @@ class Step:
 
     batch: Batch
     pool: Tensor  # [N, L, 2, G, P, D], G: this rank's KV heads
-    cos: Tensor  # [T, 1, D]
-    sin: Tensor  # [T, 1, D], signed
+    rotation: Rotation
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,27 +108,18 @@ class Attention:
     """Grouped-query attention with rotary positions over paged KV. The heads are those of this rank."""
 
     layer: int
-    num_heads: int
-    num_kv_heads: int
     head_size: int
     window: int | None
     qkv: Linear  # q's heads, then k's, then v's
     output: SummedLinear
-    q_norm: Norm | None = None  # on each head, before the rotation
-    k_norm: Norm | None = None
+    head_norms: HeadNorms | None = None  # of q and k, before the rotation
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """x [T, hidden] -> [T, hidden]. Writes the tokens' K and V."""
-        heads = self.qkv(x).view(x.shape[0], -1, self.head_size)
-        turning = self.num_heads + self.num_kv_heads
-        q_and_k, v = heads[:, :turning], heads[:, turning:]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = q_and_k[:, : self.num_heads], q_and_k[:, self.num_heads :]
-            q_and_k = torch.cat((self.q_norm(q), self.k_norm(k)), 1)
-        q_and_k = rotary(q_and_k, step.cos, step.sin)
-        write_kv(q_and_k[:, self.num_heads :], v, step.pool, self.layer, step.batch.slots, step.batch.write_plan)
-        q = q_and_k[:, : self.num_heads]
-        attended = attend(q, step.pool, self.layer, self.head_size**-0.5, self.window, step.batch)
+        batch, pool = step.batch, step.pool
+        qkv = self.qkv(x).view(x.shape[0], -1, self.head_size)
+        q = rotary_write(qkv, step.rotation, pool, self.layer, batch.slots, self.head_norms, batch.write_plan)
+        attended = attend(q, pool, self.layer, self.head_size**-0.5, self.window, batch)
         return self.output(attended.view(x.shape[0], -1))
 
 
@@ -161,14 +152,14 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """Attention and feed-forward, each on the normalised stream and added to it."""
+    """Attention and feed-forward, each on the normalised stream. What they give is added to it by the next norm."""
 
     input_norm: Norm
     attention: Attention
     post_attention_norm: Norm
     mlp: Mlp | Experts
 
-    def __call__(self, stream: Tensor, step: Step) -> Tensor:
-        """stream [T, hidden], changed in place."""
-        stream.add_(self.attention(self.input_norm(stream), step))
-        return stream.add_(self.mlp(self.post_attention_norm(stream)))
+    def __call__(self, stream: Tensor, delta: Tensor | None, step: Step) -> Tensor:
+        """stream [T, hidden], changed in place; delta: what it still lacks. -> what it lacks after this layer."""
+        delta = self.attention(self.input_norm(stream, delta), step)
+        return self.mlp(self.post_attention_norm(stream, delta))

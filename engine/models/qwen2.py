@@ -9,8 +9,6 @@ from .weights import Weights
 def read_attention(weights: Weights, config: ModelConfig, layer: int) -> Attention:
     return Attention(
         layer=layer,
-        num_heads=len(weights.shard.heads(config.num_heads)),
-        num_kv_heads=len(weights.shard.kv_heads(config.num_kv_heads)),
         head_size=config.head_size,
         window=config.windows[layer],
         qkv=read_qkv(weights, config, layer),

@@ -19,7 +19,7 @@ constexpr int kSharedKb(int arch) {
 constexpr int kSharedBytes = kSharedKb(__CUDA_ARCH_LIST__) << 10;
 
 template <typename T>
-constexpr T ceil_div(T a, T b) {
+__host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 

@@ -10,11 +10,13 @@
 //     warp 1: tile 1, tile 9, ...      team: kLanes lanes, one token of each row
 // Every team runs the online softmax (Milakov and Gimelshein, 2018) on the tokens it sees, in base 2; the partial results
 // are merged at the end, first across a warp's teams by shuffles, then across warps through shared memory.
-#include "common.cuh"
+#include "vectors.cuh"
 
 #include <cfloat>
 
 namespace {
+
+using baton::unpack;
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
@@ -50,11 +52,6 @@ struct Shape {
   static_assert(D % kVec == 0);
 };
 
-__device__ __forceinline__ void unpack(const uint4& raw, float (&x)[4]) {
-  x[0] = __uint_as_float(raw.x), x[1] = __uint_as_float(raw.y);
-  x[2] = __uint_as_float(raw.z), x[3] = __uint_as_float(raw.w);
-}
-
 // kHeads: query heads of this thread block, padded up to a power of two; padding heads compute on zeros, write nothing.
 // Two thread blocks to a multiprocessor (at most 128 registers a thread) where that spills next to nothing.
 template <int D, int kHeads>
@@ -89,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kHeads <= 4 && Shape<D>::kPerLane ==
     for (int j = 0; j < S::kPerLane; j++) {
       const int vec = member + j * S::kLanes;
       float x[S::kVec] = {};
-      if (h < num_heads && vec < S::kVecs) unpack(reinterpret_cast<const uint4*>(queries + h * D)[vec], x);
+      if (h < num_heads && vec < S::kVecs) unpack<float>(reinterpret_cast<const uint4*>(queries + h * D)[vec], x);
 #pragma unroll
       for (int e = 0; e < S::kVec; e++) {
         q[h][j * S::kVec + e] = x[e] * p.scale * kLog2e;
@@ -136,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, kHeads <= 4 && Shape<D>::kPerLane ==
 #pragma unroll
       for (int j = 0; j < S::kPerLane; j++) {
         float x[S::kVec];
-        unpack(k[u][j], x);
+        unpack<float>(k[u][j], x);
 #pragma unroll
         for (int h = 0; h < kHeads; h++)
 #pragma unroll
@@ -172,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, kHeads <= 4 && Shape<D>::kPerLane ==
 #pragma unroll
       for (int j = 0; j < S::kPerLane; j++) {
         float x[S::kVec];
-        unpack(v[u][j], x);
+        unpack<float>(v[u][j], x);
 #pragma unroll
         for (int h = 0; h < kHeads; h++)
 #pragma unroll

@@ -81,6 +81,7 @@ class TestRayStore(SnapshotContract):
         for _ in range(2):
             name, pool, inbox = f"rank-{uuid4().hex}", fresh_pool(), Inbox()
             actor = kind.options(name=name).remote()
+            ray.get(actor.__ray_ready__.remote(), timeout=120)  # a busy machine takes long to start one
             actors.append(actor)
             threading.Thread(target=_forward, args=(actor, inbox), daemon=True).start()
             made.append(End(name, pool, RayStoreTransport(BlockPool(pool)), inbox))

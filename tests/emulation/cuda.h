@@ -2,8 +2,9 @@
 // Included in front of a source that library.py has rewritten: <<<>>> became `emulation::launch`, shared memory static.
 //
 // A fiber runs until it must wait for others (a barrier, a shuffle, a matrix product), so what a kernel forgets to wait for
-// shows as a wrong result, the more since each round of fibers goes in another order. Shared memory begins as NaNs, and an
-// asynchronous copy happens as late as it may (ptx.cuh). Not shown: what needs two blocks at once, and anything of speed.
+// shows as a wrong result, the more since each round of fibers goes in another order, and the blocks of each launch too.
+// Shared memory begins as NaNs, and an asynchronous copy happens as late as it may (ptx.cuh, hopper.cuh). Not shown: what
+// needs two blocks at once, which proxy a write was made for, and anything of speed.
 #pragma once
 
 #include <algorithm>
@@ -34,8 +35,14 @@
 #define __global__ [[maybe_unused]] static
 #undef __device__
 #define __device__ [[maybe_unused]]
+#undef __grid_constant__
+#define __grid_constant__
 #undef __forceinline__
 #define __forceinline__ inline
+#undef __noinline__
+#define __noinline__ inline
+#undef __grid_constant__
+#define __grid_constant__
 
 namespace emulation {
 
@@ -63,6 +70,37 @@ struct Warp {
   uint64_t slots[2][kWarp][8];  // what lanes show each other, in turn
 };
 
+// What lies in shared memory for a barrier that threads and copies arrive at. A phase ends when both numbers are 0.
+struct Phase {
+  static constexpr uint8_t kMark = 0xb5;
+  uint8_t mark, parity;
+  uint16_t expected, missing;
+  int16_t bytes;  // still to come, in 16s
+  void arrive(int more) {
+    if (missing == 0) fail("more arrivals at a barrier than it expects");
+    bytes += more / 16, missing--;
+    end_if_over();
+  }
+  void complete(int count) {
+    bytes -= count / 16;
+    end_if_over();
+  }
+  void end_if_over() {
+    if (missing == 0 && bytes == 0) parity ^= 1, missing = expected;
+  }
+};
+static_assert(sizeof(Phase) == 8);
+
+// One lane's part of a matrix product that a warpgroup has begun: d += or = a b, a from registers or shared memory.
+struct Product {
+  float* d;
+  const uint32_t* a;
+  uint64_t a_matrix, b;
+  int columns;
+  bool add;
+  std::vector<float> before;  // what d held, unless an earlier product in flight makes it
+};
+
 struct PendingCopy {
   void* to;
   const void* from;
@@ -76,17 +114,29 @@ struct Thread {
   uint64_t shows = 0;
   std::vector<PendingCopy> copies;             // not yet committed
   std::vector<std::vector<PendingCopy>> groups;  // committed, oldest first
+  std::vector<Product> products;                 // of a group that is still open
+  std::vector<std::vector<Product>> product_groups;  // oldest first
   void* stack_pointer = nullptr;
   std::unique_ptr<unsigned char[]> stack;
   const Barrier* awaited = nullptr;
   uint64_t awaited_turn = 0;
+  const Phase* phase = nullptr;  // awaited, until its parity is another
+  uint32_t parity = 0;
   bool over = false;
+  bool waits() const {
+    return over || (awaited && awaited->turn == awaited_turn) || (phase && phase->parity == parity);
+  }
 };
 
 inline Thread* current;
 inline void* scheduler_stack_pointer;
 inline const std::function<void()>* body;
-inline Barrier block_barrier;
+inline Barrier block_barrier, named_barriers[16];
+struct Box {
+  uint32_t begin, end;  // in shared memory
+  std::function<void()> copy;
+};
+inline std::vector<Box> boxes;  // that have not been copied yet
 inline int block_sum;
 inline uint3 block_index;
 inline dim3 block_size, grid_size;
@@ -149,10 +199,18 @@ inline void prepare(Thread& thread) {
   std::memset(thread.stack_pointer, 0, 6 * sizeof(void*));
 }
 
+inline void copy_a_box(std::mt19937& order) {
+  std::swap(boxes[order() % boxes.size()], boxes.back());
+  const Box box = std::move(boxes.back());
+  boxes.pop_back();
+  box.copy();
+}
+
 inline void run_block(std::vector<Thread>& threads, std::mt19937& order) {
   static std::vector<Warp> warps;
   warps.assign((threads.size() + kWarp - 1) / kWarp, Warp{});
   block_barrier = Barrier{int(threads.size())};
+  for (Barrier& barrier : named_barriers) barrier = Barrier{};
   std::memset(shared_memory, 0xff, sizeof shared_memory);
   for (size_t i = 0; i < threads.size(); i++) {
     Thread& thread = threads[i];
@@ -164,6 +222,9 @@ inline void run_block(std::vector<Thread>& threads, std::mt19937& order) {
     thread.shows = 0;
     thread.copies.clear();
     thread.groups.clear();
+    thread.products.clear();
+    thread.product_groups.clear();
+    thread.phase = nullptr;
     thread.over = false;
     thread.awaited = nullptr;
     prepare(thread);
@@ -175,14 +236,16 @@ inline void run_block(std::vector<Thread>& threads, std::mt19937& order) {
     bool moved = false;
     for (int at : turns) {
       Thread& thread = threads[at];
-      if (thread.over || (thread.awaited && thread.awaited->turn == thread.awaited_turn)) continue;
+      if (thread.waits()) continue;
       moved = true;
       current = &thread;
       emulation_switch(&scheduler_stack_pointer, thread.stack_pointer);
       if (thread.over) left--;
     }
-    if (!moved) fail("threads wait for each other for ever");
+    if (!moved && boxes.empty()) fail("threads wait for each other for ever");
+    if (!boxes.empty() && (!moved || order() % 4 == 0)) copy_a_box(order);
   }
+  if (!boxes.empty()) fail("a block that ended before its copies");
 }
 
 template <typename Body>
@@ -194,13 +257,17 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Body run) 
   grid_size = grid;
   block_size = block;
   threads.resize(size_t(block.x) * block.y * block.z);
-  std::mt19937 order(threads.size() + grid.x);
+  static unsigned launches = 0;
+  std::mt19937 order(unsigned(threads.size()) + grid.x + launches++);
+  std::vector<uint3> blocks;
   for (unsigned z = 0; z < grid.z; z++)
     for (unsigned y = 0; y < grid.y; y++)
-      for (unsigned x = 0; x < grid.x; x++) {
-        block_index = {x, y, z};
-        run_block(threads, order);
-      }
+      for (unsigned x = 0; x < grid.x; x++) blocks.push_back({x, y, z});
+  std::shuffle(blocks.begin(), blocks.end(), order);
+  for (const uint3& at : blocks) {
+    block_index = at;
+    run_block(threads, order);
+  }
 }
 
 template <typename Body>
@@ -317,6 +384,12 @@ inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __int_as_float(int x) { float y; std::memcpy(&y, &x, 4); return y; }
 inline int __float_as_int(float x) { int y; std::memcpy(&y, &x, 4); return y; }
 inline float __uint_as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }

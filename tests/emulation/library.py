@@ -42,7 +42,7 @@ def missing() -> str | None:
 
 def as_cpp(source: str) -> str:
     """A CUDA source without the syntax that only nvcc knows."""
-    assert not re.search(r"\basm\b", source), "PTX belongs into ptx.cuh"
+    assert not re.search(r"\basm\b", source), "PTX belongs into ptx.cuh or hopper.cuh"
     source = _LAUNCH.sub(r"emulation::launch(\2, [&] { \1(\3); });", source)
     return _DYNAMIC.sub(r"\1* \2 = reinterpret_cast<\1*>(emulation::shared_memory);", source)
 
@@ -51,8 +51,9 @@ def compile_for_cpu() -> ctypes.CDLL:
     """All of kernels/csrc as one library, with the functions and signatures of the real one. Compiled once."""
     folder = build.cache_folder() / "emulation"
     folder.mkdir(exist_ok=True)
-    texts = {path.name: as_cpp(path.read_text()) for path in build.SOURCES.glob("*.cu*") if path.name != "ptx.cuh"}
-    texts |= {name: (HERE / name).read_text() for name in ("cuda.h", "ptx.cuh")}
+    stand_ins = {path.name: path.read_text() for path in (HERE / "cuda.h", *HERE.glob("*.cuh"))}
+    sources = (path for path in build.SOURCES.glob("*.cu*") if path.name not in stand_ins)
+    texts = {path.name: as_cpp(path.read_text()) for path in sources} | stand_ins
     headers = {name: text for name, text in texts.items() if not name.endswith(".cu")}
     made = {
         name: folder / f"{name}-{_digest(headers, texts[name])}.o" for name in sorted(texts.keys() - headers.keys())

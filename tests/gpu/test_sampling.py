@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from baton.core.request import Sampling
+from baton.engine.device_table import DeviceSamplingTable, sampling_table
 from baton.engine.logit_edits import TokenMasks
 from baton.engine.logprobs import ranked_logprobs
 from baton.engine.sampler import NO_TOKEN, SamplingRows, sample
@@ -29,9 +31,11 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def tables(count: int, *devices: torch.device) -> list[SamplingTable]:
+def tables(count: int, *devices: torch.device, torch_alone: bool = False) -> list[SamplingTable | DeviceSamplingTable]:
+    """torch_alone: as where a GPU has no kernels."""
     dice = np.random.default_rng(3)
-    found = [SamplingTable(count, VOCABULARY, device) for device in devices]
+    make = SamplingTable if torch_alone else sampling_table
+    found = [make(count, VOCABULARY, device) for device in devices]
     for row in range(count):
         params = Sampling(
             max_tokens=99,
@@ -54,12 +58,13 @@ def tables(count: int, *devices: torch.device) -> list[SamplingTable]:
 def masked(rows: SamplingRows, device: torch.device) -> SamplingRows:
     bits = torch.randint(-(2**31), 2**31, (2, VOCABULARY // 32), generator=torch.Generator().manual_seed(1))
     masks = TokenMasks(torch.tensor([1, 5], device=device), bits.to(torch.int32).to(device))
-    return SamplingRows(rows.count, rows.draws, rows.edits, masks, rows.logprobs)
+    return replace(rows, masks=masks)
 
 
+@pytest.mark.parametrize("torch_alone", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_tokens_and_logprobs_are_those_of_the_cpu(dtype: torch.dtype, gpu: torch.device) -> None:
-    there, here = tables(256, gpu, CPU)
+def test_the_tokens_and_logprobs_are_those_of_the_cpu(dtype: torch.dtype, torch_alone: bool, gpu: torch.device) -> None:
+    there, here = tables(256, gpu, CPU, torch_alone=torch_alone)
     logits = (torch.randn(256, VOCABULARY, generator=torch.Generator().manual_seed(2)) * 4).to(dtype)
     logits[9, 100] = torch.nan
     rows, positions = np.arange(256), np.full(256, 20)
@@ -76,8 +81,11 @@ def test_the_tokens_and_logprobs_are_those_of_the_cpu(dtype: torch.dtype, gpu: t
             assert [token for token, _ in one.top] == [token for token, _ in other.top]
 
 
-def test_choosing_waits_for_nothing_and_steps_in_flight_do_not_disturb_each_other(gpu: torch.device) -> None:
-    (table,) = tables(64, gpu)
+@pytest.mark.parametrize("torch_alone", [False, True])
+def test_choosing_waits_for_nothing_and_steps_in_flight_do_not_disturb_each_other(
+    torch_alone: bool, gpu: torch.device
+) -> None:
+    (table,) = tables(64, gpu, torch_alone=torch_alone)
     logits = torch.randn(64, VOCABULARY, device=gpu) * 4
     rows = np.arange(64)
     expected = [
@@ -88,8 +96,7 @@ def test_choosing_waits_for_nothing_and_steps_in_flight_do_not_disturb_each_othe
     with no_waiting():
         for step in range(8):
             taken = table.take(rows, np.full(64, step))
-            taken = SamplingRows(taken.count, taken.draws, taken.edits, ready[step], taken.logprobs)
-            pending.append(sample(logits, taken).to_host())
+            pending.append(sample(logits, replace(taken, masks=ready[step])).to_host())
     for one, other in zip((later.result() for later in pending), expected, strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
         assert one.logprobs == other.logprobs

@@ -27,3 +27,13 @@ def test_each_token_lands_in_its_slot_and_no_other_byte_changes(
     expected[slots // block_tokens, layer, 1, :, slots % block_tokens] = v
     write_kv(k, v, pool, layer, slots)
     assert torch.equal(pool.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_a_token_without_a_slot_is_left_out(random: torch.Generator) -> None:
+    pool = torch.full((4, 1, 2, 2, 16, 64), float("nan"), dtype=torch.bfloat16, device=random.device)
+    k, v = (torch.randn(3, 2, 64, device=random.device, generator=random).bfloat16() for _ in range(2))
+    slots = torch.tensor([-1, 17, -1], device=random.device)
+    expected = pool.clone()
+    expected[1, 0, 0, :, 1], expected[1, 0, 1, :, 1] = k[1], v[1]
+    write_kv(k, v, pool, 0, slots)
+    assert torch.equal(pool.view(torch.uint8), expected.view(torch.uint8))

@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 
@@ -46,6 +47,18 @@ def test_every_source_compiles_for(arch: str, tmp_path: Path) -> None:
     library = tmp_path / "kernels.so"
     build.run_nvcc(NVCC, arch, sorted(build.SOURCES.glob("*.cu")), library)
     build.load(library)
+
+
+@needs_nvcc
+def test_the_assembler_keeps_hopper_s_products_asynchronous(tmp_path: Path) -> None:
+    """It makes them wait for each other, and says so, where it can't follow which registers they use, or lacks some."""
+    assert NVCC is not None
+    source, flags = build.SOURCES / "prefill_attention.cu", ("-O3", "-std=c++17", "-cubin", "-Xptxas=-v")
+    command = [NVCC, *flags, "-gencode=arch=compute_90a,code=sm_90a", "-o", str(tmp_path / "cubin"), str(source)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stderr
+    assert "setmaxnreg" not in said, said  # it says so where it ignores one
+    assert "wgmma" not in said, said
+    assert said.count("bytes spill stores") == said.count(" 0 bytes spill stores, 0 bytes spill loads") > 0, said
 
 
 @needs_nvcc

@@ -6,11 +6,12 @@ import torch
 from baton.kernels.activation import silu_gate
 from baton.kernels.block_copy import gather_blocks, scatter_blocks
 from baton.kernels.experts import mix_experts, mix_experts_reference, route
-from baton.kernels.linear import linear, pack_weight
+from baton.kernels.linear import add_linear, gated_linear, linear, pack_weight
 from baton.kernels.norm import rms_norm, rms_norm_reference
 from baton.kernels.paged_attention import Workspace, paged_attention_reference, paged_decode_attention, plan_decode
 from baton.kernels.prefill_attention import paged_prefill_attention
 from baton.kernels.rotary import rotary, rotary_reference, signed_sin
+from baton.kernels.skinny_linear import skinny_linear_reference
 from baton.kernels.write_kv import write_kv
 
 torch.set_num_threads(1)
@@ -145,6 +146,26 @@ def test_a_packed_weight_gives_the_product_of_the_plain_one(tokens: int, with_bi
         found = linear(x, pack_weight(weight), bias)
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     torch.testing.assert_close(found.double(), expected, rtol=TOLERANCE[dtype], atol=20 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_what_is_folded_into_a_product_changes_nothing_on_a_cpu(tokens: int, dtype: torch.dtype) -> None:
+    x, weight = random(tokens, 48, dtype=dtype), random(80, 48, dtype=dtype, seed=1) / 7
+    norm, bias, stream = (random(n, dtype=dtype, seed=n) for n in (48, 80, tokens * 80))
+    stream = stream.view(tokens, 80)
+    doubles = (x.double(), weight.double(), bias.double())
+    with torch.inference_mode():
+        packed = pack_weight(weight)
+        normed = linear(x, packed, bias, norm=norm, eps=0.1)
+        gated = gated_linear(x, packed, bias, norm=norm, eps=0.1)
+        added = add_linear(stream.clone(), x, packed, bias)
+    for found, expected in (
+        (normed, skinny_linear_reference(*doubles, norm=norm.double(), eps=0.1)),
+        (gated, skinny_linear_reference(*doubles, norm=norm.double(), eps=0.1, gate=True)),
+        (added, skinny_linear_reference(*doubles, add=stream.double())),
+    ):
+        torch.testing.assert_close(found.double(), expected, rtol=TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
