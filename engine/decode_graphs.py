@@ -9,7 +9,7 @@ A row that pads is nobody's: it has no context and no slot. The logits are the n
 is launched before it, on the same stream.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 import numpy as np
@@ -57,7 +57,7 @@ class DecodeGraphs:
     """The graphs of one model over one pool."""
 
     def __init__(
-        self, model: Model, pool: Tensor, tables: DeviceTables, sizes: Sequence[int], capture: Capture
+        self, model: Model, pool: Tensor, tables: DeviceTables, sizes: Iterable[int], capture: Capture
     ) -> None:
         """Captures all, the largest first: the others find room in its memory."""
         self._tables = tables
@@ -68,7 +68,7 @@ class DecodeGraphs:
         self._input = torch.zeros(room, dtype=torch.uint8, device=pool.device)
         self._logits = torch.empty(most, model.config.vocab_size, dtype=model.dtype, device=pool.device)
 
-        workspace = Workspace()
+        self._workspace = workspace = Workspace()  # a capture knows its address, and keeps nothing alive
 
         def recorded(size: int) -> Replay:
             rows, lens, positions, slots = tables.staging.send(self._rows(none, size), self._input)

@@ -25,7 +25,7 @@ class Executor:
         self._tables = DeviceTables(kv_cache.pool, max_rows, max_blocks, frozenset(model.config.windows))
         self._graphs: DecodeGraphs | None = None
         if capture is not None:
-            sizes = [size for size in SIZES if size < max_rows] + [min(max_rows, SIZES[-1])]
+            sizes = {*(size for size in SIZES if size < max_rows), min(max_rows, SIZES[-1])}
             self._graphs = DecodeGraphs(model, kv_cache.pool, self._tables, sizes, capture)
 
     def forward(self, step: StepInput) -> Tensor:

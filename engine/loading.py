@@ -34,9 +34,11 @@ class RankPart:
 
     def _capture(self) -> Capture | None:
         """None where a step waits for the device somewhere, or meets other ranks."""
-        pool, alone = self.kv_cache.pool, len(self.kv_cache.heads) == self.kv_cache.geometry.num_kv_heads
-        can = pool.is_cuda and alone and is_fused(pool) and self.model.config.experts is None
-        return CudaCapture(pool.device) if can else None
+        pool, model = self.kv_cache.pool, self.model
+        if not (pool.is_cuda and is_fused(pool)):
+            return None
+        alone = model.head.communicator.size == 1
+        return CudaCapture(pool.device) if alone and model.config.experts is None else None
 
 
 def load_part(

@@ -17,17 +17,19 @@ class Mailbox:
     """Where a rank's peer writes, made by the rank and mapped by the peer.
 
     inbox [2, R, hidden]: rows of the call under way and of the one before; arrived [R] i32: the call in which each row
-    came last.
+    came last; calls [2] i32: how many there were, for its owner alone.
     """
 
     inbox: Tensor
     arrived: Tensor
+    calls: Tensor
 
     @classmethod
     def make(cls, rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> "Mailbox":
         return cls(
             torch.zeros(2, rows, hidden, dtype=dtype, device=device),
             torch.zeros(rows, dtype=torch.int32, device=device),
+            torch.zeros(2, dtype=torch.int32, device=device),
         )
 
 
@@ -44,7 +46,6 @@ class PeerSum:
         self._library: ctypes.CDLL = library
         self._rank = rank
         self._here, self._there = here, there
-        self._calls = torch.zeros(2, dtype=torch.int32, device=here.inbox.device)
 
     def fits(self, x: Tensor) -> bool:
         """x [T, hidden] can be summed here: the others are for a library's all-reduce."""
@@ -86,7 +87,7 @@ class PeerSum:
             self._here.inbox.data_ptr(),
             self._there.arrived.data_ptr(),
             self._here.arrived.data_ptr(),
-            self._calls.data_ptr(),
+            self._here.calls.data_ptr(),
             None if residual is None else residual.data_ptr(),
             None if weight is None else weight.data_ptr(),
             out.data_ptr(),

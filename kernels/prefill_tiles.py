@@ -68,6 +68,7 @@ def items_of(starts: npt.NDArray[np.int64], contexts: npt.NDArray[np.int64], gro
     starts [S + 1], contexts [S] -> [I, 8]: first row of q, tokens, position of the first, context, sequence, first tile
     of keys and the one past the last, 0.
     """
+    assert 0 < group <= _ROWS, group
     step = _ROWS // group
     counts = np.diff(starts)
     pieces = -(-counts // step)

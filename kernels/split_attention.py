@@ -13,7 +13,7 @@ SPLIT_HEAD_SIZES = (64, 80, 96, 128, 256)  # those that csrc/split_attention.cu 
 MAX_TOKENS = 8  # of one sequence in a step
 
 _COLUMNS = 8  # queries of one block of the tensor cores
-_BLOCKS = {64: 4, 80: 4, 96: 4, 128: 2, 256: 1}  # head size -> how many of them a thread block serves at most
+_BLOCKS = {64: 4, 80: 4, 96: 2, 128: 2, 256: 1}  # head size -> how many of them a thread block serves at most
 _RUNS = 10  # of keys, for each thread block at most
 
 

@@ -501,7 +501,7 @@ __global__ void __launch_bounds__(D / 4 * kMergeRows) merge(const Problem p) {
 template <int D, bool kWindow>
 int launch(const Problem& p, const CUtensorMap& q_map, const CUtensorMap& kv_map, int blocks, cudaStream_t stream) {
   constexpr int bytes = Layout<D>::kBytes;
-  static const cudaError_t allowed =
+  const cudaError_t allowed =  // of the device that is current, so each time
       cudaFuncSetAttribute(prefill<D, kWindow>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (allowed != cudaSuccess) return allowed;
   prefill<D, kWindow><<<blocks, kThreads, bytes, stream>>>(p, q_map, kv_map);

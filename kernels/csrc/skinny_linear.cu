@@ -359,7 +359,7 @@ __global__ void __launch_bounds__(X::kThreads, 1) skinny(const Problem p) {
 template <template <int> typename Format, int kWarps, int kTiles, bool kNorm>
 int launch(const Problem& p, int blocks, cudaStream_t stream) {
   using X = Layout<Format, kWarps, kTiles, kNorm>;
-  static const cudaError_t allowed =
+  const cudaError_t allowed =  // of the device that is current, so each time
       cudaFuncSetAttribute(skinny<X>, cudaFuncAttributeMaxDynamicSharedMemorySize, X::kBytes);
   if (allowed != cudaSuccess) return allowed;
   const int tiles = baton::ceil_div(p.outputs, p.gate ? X::kRows / 2 : X::kRows);

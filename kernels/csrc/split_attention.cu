@@ -37,7 +37,10 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr unsigned kAll = 0xffffffffu;
 
 // As many warps as find room for their rings.
-constexpr int warps_for(int head_size) { return head_size > 128 || baton::kSharedBytes < (128 << 10) ? 4 : 8; }
+constexpr int warps_for(int head_size) {
+  constexpr int kMost = baton::kSharedBytes < (128 << 10) ? 4 : 8;
+  return head_size > 128 ? kMost / 2 : kMost;
+}
 
 struct Problem {
   const __nv_bfloat16* q;
@@ -188,6 +191,7 @@ __global__ void __launch_bounds__(Layout<D, kBlocks>::kThreads, 1) split_decode(
     if (threadIdx.x == 0 && shares) upcoming = cut.blocks + atomicAdd(counters, 1);
     if (shares) __syncthreads();
     int next = shares ? upcoming : runs;  // the run after this one; none from `runs` on
+    if (shares) __syncthreads();  // before it is written again
     int claimed = 0;
 
     // Tiles are fetched kStages - 1 before they are used, from the next run where this one ends.
@@ -448,7 +452,7 @@ __global__ void __launch_bounds__(Layout<D, kBlocks>::kThreads, 1) split_decode(
 template <int D, int kBlocks, bool kPlain>
 int launch(const Problem& p, int blocks, cudaStream_t stream) {
   using X = Layout<D, kBlocks>;
-  static const cudaError_t allowed =
+  const cudaError_t allowed =  // of the device that is current, so each time
       cudaFuncSetAttribute(split_decode<D, kBlocks, kPlain>, cudaFuncAttributeMaxDynamicSharedMemorySize, X::kBytes);
   if (allowed != cudaSuccess) return allowed;
   const int parts = baton::ceil_div(p.heads / p.kv_heads * p.tokens, X::kAll);
@@ -458,7 +462,7 @@ int launch(const Problem& p, int blocks, cudaStream_t stream) {
 
 template <int D>
 int launch(const Problem& p, int blocks, cudaStream_t stream) {
-  constexpr int kMost = D <= 96 ? 4 : D <= 128 ? 2 : 1;  // whose sums and queries fit into a thread's registers
+  constexpr int kMost = D <= 80 ? 4 : D <= 128 ? 2 : 1;  // whose sums and queries fit into a thread's registers
   const int columns = p.heads / p.kv_heads * p.tokens;
   if (columns > kColumns && kMost > 1) return launch<D, kMost, false>(p, blocks, stream);
   const bool plain = p.tokens == 1 && p.soft_cap == 0.f && p.slopes == nullptr;

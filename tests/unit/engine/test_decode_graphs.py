@@ -3,6 +3,9 @@
 The kernels are those for a GPU, run on the CPU (see tests/emulation), and a capture is the function, called again.
 """
 
+import gc
+import inspect
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,11 +36,13 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Capture:
-    """Counts what is captured and replayed."""
+    """Counts what is captured and replayed. `memory` is what kernels keep between launches, as a graph knows it: by its
+    address alone."""
 
     def __init__(self) -> None:
         self.captured = 0
         self.replayed = 0
+        self.memory: list[weakref.ref[torch.Tensor]] = []
 
     def __call__(self, run: Callable[[], None]) -> Replay:
         run()
@@ -48,6 +53,16 @@ class Capture:
             run()
 
         return replay
+
+
+class Forgetful(Capture):
+    """Keeps nothing of what it captured, as a CUDA graph doesn't."""
+
+    def __call__(self, run: Callable[[], None]) -> Replay:
+        super().__call__(run)
+        split = inspect.getclosurevars(run).nonlocals["workspace"].split
+        self.memory += [weakref.ref(split._partial), weakref.ref(split._arrived)]
+        return lambda: None
 
 
 def an_engine(path: Path, dtype: torch.dtype, max_batch: int, capture: Capture | None) -> Engine:
@@ -91,6 +106,16 @@ def test_answers_are_those_of_steps_launched_op_by_op(
     assert answers(an_engine(path, dtype, 9, capture), lengths) == expected
     assert capture.captured == 5  # for 1, 2, 4, 8 and 9 rows
     assert capture.replayed > 5
+
+
+def test_what_a_graph_points_at_lives_as_long_as_its_engine(checkpoint: Callable[..., Path]) -> None:
+    capture = Forgetful()
+    engine = an_engine(checkpoint("Llama", head_dim=64), torch.bfloat16, 4, capture)
+    gc.collect()
+    assert all(memory() is not None for memory in capture.memory)
+    del engine
+    gc.collect()
+    assert all(memory() is None for memory in capture.memory)  # so it was the engine that held them
 
 
 def test_a_row_that_pads_writes_nothing_and_changes_nobody(checkpoint: Callable[..., Path]) -> None:

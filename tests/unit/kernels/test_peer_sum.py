@@ -54,6 +54,7 @@ def test_both_ranks_get_the_sum_and_its_norm(dtype: torch.dtype, bound: float) -
     for box in boxes:
         box.inbox.share_memory_()
         box.arrived.share_memory_()
+        box.calls.share_memory_()
     spawn = multiprocessing.get_context("spawn")
     queues = [spawn.Queue() for _ in range(2)]
     ranks = [spawn.Process(target=one_rank, args=(rank, dtype, boxes, queues[rank])) for rank in range(2)]
