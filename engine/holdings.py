@@ -95,7 +95,7 @@ class Holdings:
         """Before a borrower's first write: (from, to) where its last block has to be copied. What it is copied from is
         held until the copy is done and `copied` is told. Raises OutOfBlocks."""
         shared = seq.blocks[-1]
-        if self._ledger.writable(shared):
+        if self._ledger.claim(shared):
             self._borrowers.discard(seq)
             return None  # whoever lent it is gone, and had not filled it
         (own,) = self._ledger.allocate(1)

@@ -100,9 +100,14 @@ class Ledger:
             if key is not None:
                 del self._by_key[key]
 
-    def writable(self, block: BlockId) -> bool:
-        """Its only holder may write anywhere in it: no key says what it holds."""
-        return self._holders.get(block) == 1 and block not in self._keys
+    def claim(self, block: BlockId) -> bool:
+        """Its only holder means to write anywhere in it, over what others wrote; True: it may, as no key says what it
+        holds. Then it counts as given to a new holder: whoever was lent it before and still reads notices."""
+        if self._holders.get(block) != 1 or block in self._keys:
+            return False
+        if self._renew is not None:
+            self._renew([block])
+        return True
 
     def lookup(self, key: BlockKey) -> BlockId | None:
         """The block of this key, held or cached; hold it before anything else is allocated."""

@@ -1,13 +1,23 @@
 """Ledger and prefix cache against a naive model of what they promise."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from baton.core.ids import BlockId, BlockKey
+from baton.core.generations import HEAD
+from baton.core.ids import BlockId, BlockKey, SequenceId
+from baton.core.request import Sampling
+from baton.core.segment import Segment
+from baton.engine.engine import Engine
+from baton.engine.holdings import Holdings
 from baton.engine.ledger import Ledger, OutOfBlocks
 from baton.engine.prefix_cache import PrefixCache
+from baton.engine.sequence import Sequence
 
 BLOCK, POOL = 16, 8
 
@@ -184,3 +194,53 @@ def test_violations_name_a_block_in_two_states() -> None:
     ledger.allocate(1)
     ledger._free.append(BlockId(0))
     assert ledger.violations() == ["block 0 is not in exactly one state"]
+
+
+def test_whoever_takes_a_block_to_write_in_it_gives_it_a_new_word() -> None:
+    renewed: list[BlockId] = []
+    ledger = Ledger(3, renewed.extend)
+    shared, keyed, own = ledger.allocate(3)
+    assert renewed == [shared, keyed, own]
+    ledger.hold([shared])
+    ledger.set_key(keyed, BlockKey(b"key"))
+    assert [ledger.claim(block) for block in (shared, keyed, own)] == [False, False, True]
+    assert renewed[3:] == [own]
+
+
+def test_a_borrowed_last_block_that_is_written_in_place_has_a_new_word() -> None:
+    renewed: list[BlockId] = []
+    ledger = Ledger(8, renewed.extend)
+    holdings = Holdings(ledger, PrefixCache(ledger, BLOCK, "m"), BLOCK)
+    length = BLOCK + 4
+    owner, borrower = (Sequence(SequenceId(name), tuple(range(length)), Sampling(max_tokens=4)) for name in "ab")
+    holdings.start(owner, 0)
+    holdings.advance(owner, length)
+    tail = owner.blocks[-1]
+    ledger.hold([tail])  # lent to a reader
+    holdings.start(borrower, 0)
+    assert borrower.blocks[-1] == tail
+    holdings.release(owner)
+    ledger.release([tail])  # the lease ends while the reader reads
+    renewed.clear()
+    assert holdings.own_last_block(borrower) is None
+    assert renewed == [tail]
+    holdings.release(borrower)
+    ledger.check()
+
+
+def test_blocks_that_an_engine_gives_away_have_new_words_for_whoever_maps_its_pool(
+    checkpoint: Callable[..., Path],
+) -> None:
+    engine = Engine.build(checkpoint(), torch.float32, torch.device("cpu"), 1 << 20, shared=True)
+    assert engine.generations is not None
+    opened = Segment.open(engine.generations.address, writable=False)
+    words = memoryview(opened.shared)[HEAD:].cast("Q")
+    blocks = engine.ledger.allocate(3)
+    assert [words[block] for block in blocks] == [1, 1, 1]
+    engine.ledger.release(blocks)
+    again = engine.ledger.allocate(engine.ledger.num_blocks)
+    assert [words[block] for block in blocks] == [2, 2, 2]
+    engine.ledger.release(again)
+    engine.ledger.check()
+    words.release()
+    opened.close()
