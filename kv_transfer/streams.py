@@ -25,6 +25,7 @@ from .inbox import Wakeup
 _MOST_QUEUED = 8 << 20  # bytes for a peer that does not read
 _HELLO_S = 10.0  # for who connected to say who it is
 _ROOM_S = 0.01  # until a message that found no room is offered again
+_ACCEPT_AGAIN_S = 0.2  # after an accept that failed: who waits stays in the queue, so that looking on would spin
 _CHUNK = 1 << 18
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
@@ -139,12 +140,13 @@ class Streams:
         self._streams: set[Stream] = set()
         self._unknown: dict[Stream, float] = {}  # those that have not said who they are, and until when they must
         self._news: deque[Stream] = deque()
+        self._accepts_at: float | None = None  # when to listen again; None: listens
         self._stopping = False
         self._thread = Thread(target=self._run, name="kv-streams", daemon=True)
         self._thread.start()
 
     def connect(self, path: str, hello: Wire, owner: object) -> Stream:
-        """Raises OSError, PermissionError among them where another user listens there, TransferFailed."""
+        """Raises OSError, PermissionError among them where another user listens there, and TransferFailed."""
         file = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             file.settimeout(_HELLO_S)
@@ -159,19 +161,23 @@ class Streams:
         stream.owner = owner
         stream.send(hello)
         self._changed(stream)
+        if self._stopping:  # looked at last: what `close` did not find among the news is closed here
+            stream.close()
+            raise TransferFailed("this rank's streams have ended")
         return stream
 
     def close(self) -> None:
-        """Ends all streams and the thread. Nothing is told any more."""
+        """Ends all streams and the thread. Nothing is told any more. The socket's file goes first: who finds a stream
+        closed and the file gone knows that we left in good order."""
+        self._path.unlink(missing_ok=True)
         self._stopping = True
         self._wakeup.ring()
         self._thread.join()
-        for stream in (*self._streams, *self._news):
+        for stream in self._all():
             stream.close()
         self._selector.close()
         self._listener.close()
         self._wakeup.close()
-        self._path.unlink(missing_ok=True)
 
     def _changed(self, stream: Stream) -> None:
         """It is new, or something waits to be written."""
@@ -179,42 +185,78 @@ class Streams:
         self._wakeup.ring()
 
     def _run(self) -> None:
-        while True:
-            ready = self._selector.select(self._patience())
-            if self._stopping:
-                return
-            for key, events in ready:
-                if key.fileobj is self._listener:
-                    self._accept()
-                elif key.fileobj == self._wakeup.fd:
-                    self._wakeup.clear()
-                else:
-                    self._serve(key.data, events)
-            while self._news:
-                self._take_up(self._news.popleft())
-            for stream in [stream for stream in self._streams if stream.held is not None]:
-                self._tell(stream)
-            for stream in [stream for stream, until in self._unknown.items() if monotonic() >= until]:
-                self._drop(stream)
+        try:
+            while not self._stopping:
+                self._turn()
+        except Exception:
+            _log.exception("this rank has no streams any more")
+            self._give_up()
+
+    def _turn(self) -> None:
+        ready = self._selector.select(self._patience())
+        if self._stopping:
+            return
+        if self._accepts_at is not None and monotonic() >= self._accepts_at:
+            self._accepts_at = None
+            self._selector.register(self._listener, selectors.EVENT_READ)
+        for key, events in ready:
+            if key.fileobj is self._listener:
+                self._accept()
+            elif key.fileobj == self._wakeup.fd:
+                self._wakeup.clear()
+            else:
+                self._serve(key.data, events)
+        while self._news:
+            self._take_up(self._news.popleft())
+        for stream in [stream for stream in self._streams if stream.held is not None]:
+            self._tell(stream)
+        for stream in [stream for stream, until in self._unknown.items() if monotonic() >= until]:
+            self._drop(stream)
+
+    def _give_up(self) -> None:
+        """Nobody reads here any more, so nobody is to believe a stream open: both ends hear of the end of each."""
+        self._stopping = True
+        self._listener.close()
+        for stream in self._all():
+            stream.close()
+            try:
+                self._told_closed(stream)
+            except Exception:  # of who listens: the others are told
+                _log.exception("the end of a stream was not told")
+
+    def _all(self) -> set[Stream]:
+        """Every stream that is open; none is known any more after it."""
+        found, self._streams = self._streams, set()
+        while self._news:
+            found.add(self._news.popleft())
+        return found
 
     def _patience(self) -> float | None:
         waits = [_ROOM_S] if any(stream.held is not None for stream in self._streams) else []
-        waits += [max(0.0, until - monotonic()) for until in self._unknown.values()]
+        ends = [*self._unknown.values(), *([] if self._accepts_at is None else [self._accepts_at])]
+        waits += [max(0.0, until - monotonic()) for until in ends]
         return min(waits, default=None)
 
     def _accept(self) -> None:
-        with suppress(BlockingIOError, ConnectionError):
+        try:
             file, _ = self._listener.accept()
-            try:
-                _check_peer(file)
-            except PermissionError as error:
-                _log.warning("%s", error)
-                file.close()
-                return
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:  # no descriptor or no memory left
+            _log.warning("no stream is taken for a while: %s", error)
+            self._selector.unregister(self._listener)
+            self._accepts_at = monotonic() + _ACCEPT_AGAIN_S
+            return
+        try:
+            _check_peer(file)
             file.setblocking(False)
-            stream = Stream(file, self._changed)
-            self._unknown[stream] = monotonic() + _HELLO_S
-            self._take_up(stream)
+        except OSError as error:
+            _log.warning("a stream is not taken: %s", error)
+            file.close()
+            return
+        stream = Stream(file, self._changed)
+        self._unknown[stream] = monotonic() + _HELLO_S
+        self._take_up(stream)
 
     def _take_up(self, stream: Stream) -> None:
         """Look for what it needs: to be read unless a message is held, and written where something waits."""
@@ -226,8 +268,14 @@ class Streams:
             return
         if stream.watched:
             self._selector.unregister(stream.file)
+            stream.watched = 0
         if events:
-            self._selector.register(stream.file, events, stream)
+            try:
+                self._selector.register(stream.file, events, stream)
+            except OSError as error:  # the kernel has no room for it
+                _log.warning("a stream between workers ends: %s", error)
+                self._drop(stream)
+                return
         stream.watched = events
 
     def _serve(self, stream: Stream, events: int) -> None:
@@ -286,7 +334,7 @@ class Streams:
         if stream.watched:
             self._selector.unregister(stream.file)
         stream.close()
-        self._told_closed(stream)
+        self._told_closed(stream)  # an error of its is the end of all: see `_run`
 
 
 @contextmanager

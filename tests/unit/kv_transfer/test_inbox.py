@@ -7,7 +7,7 @@ from baton.core.errors import Overloaded
 from baton.core.ids import Epoch, SequenceId, TicketId
 from baton.kv_transfer.encoding import encode
 from baton.kv_transfer.inbox import Inbox, Wakeup, deliver
-from baton.kv_transfer.messages import Returned
+from baton.kv_transfer.messages import Delivery, PeerLost, Returned
 
 
 def message(number: int) -> Returned:
@@ -32,6 +32,13 @@ def test_a_full_inbox_says_so_and_takes_nothing() -> None:
         deliver(inbox, encode(message(2)), [])
     assert len(inbox.drain()) == 1
     deliver(inbox, encode(message(3)), [])
+
+
+def test_word_of_a_lost_peer_is_taken_however_full_it_is() -> None:
+    inbox = Inbox(bound=1)
+    deliver(inbox, encode(message(1)), [])
+    inbox.put(Delivery(PeerLost("P")))
+    assert [one.message for one in inbox.drain()] == [message(1), PeerLost("P")]
 
 
 def test_a_message_of_another_thread_wakes_a_sleeper() -> None:

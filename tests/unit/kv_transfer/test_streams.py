@@ -1,5 +1,6 @@
 """Streams: what is sent arrives whole and in order, and nobody who sends ever waits."""
 
+import errno
 import os
 import socket
 import threading
@@ -145,6 +146,86 @@ def test_only_its_owner_may_connect(sides: tuple[Side, Side]) -> None:
     there.streams.close()
     assert not there.path.exists()
     there.streams = Streams(there.path, lambda *_: True, there.closed.put)
+
+
+def test_an_accept_that_fails_is_tried_again_and_the_other_streams_go_on(
+    sides: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = sides
+    stream = here.streams.connect(str(there.path), HELLO, "peer")
+    assert there.next() == HELLO
+    plain, failed = socket.socket.accept, threading.Event()
+
+    def has_no_descriptor_once(listener: socket.socket) -> tuple[socket.socket, object]:
+        if not failed.is_set():
+            failed.set()
+            raise OSError(errno.EMFILE, "Too many open files")
+        return plain(listener)
+
+    monkeypatch.setattr("socket.socket.accept", has_no_descriptor_once)
+    here.streams.connect(str(there.path), HELLO, "peer")
+    assert failed.wait(WAIT_S)
+    stream.send(message(1))
+    assert [type(there.next()) for _ in range(2)].count(Hello) == 1, "who waited is taken, and the first is still read"
+
+
+def test_when_the_thread_cannot_go_on_both_ends_hear_that_all_its_streams_have_ended(
+    sides: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    here, there = sides
+    streams = [here.streams.connect(str(there.path), HELLO, "peer") for _ in range(2)]
+    others = [there.heard.get(timeout=WAIT_S)[0] for _ in streams]
+
+    def fails(_: Stream, __: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(there.streams, "_serve", fails)
+    streams[0].send(message(1))
+    assert {there.closed.get(timeout=WAIT_S) for _ in streams} == set(others)
+    assert {here.closed.get(timeout=WAIT_S) for _ in streams} == set(streams)
+    assert not any(stream.is_open for stream in (*streams, *others))
+    assert "no streams any more" in caplog.text
+    with pytest.raises(TransferFailed, match="have ended"):
+        there.streams.connect(str(here.path), HELLO, "peer")
+    with pytest.raises(ConnectionError):
+        here.streams.connect(str(there.path), HELLO, "peer")
+
+
+def test_who_does_not_say_who_it_is_in_time_is_dropped(
+    sides: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, there = sides
+    monkeypatch.setattr("baton.kv_transfer.streams._HELLO_S", 0.0)
+    with socket.socket(socket.AF_UNIX) as raw:
+        raw.settimeout(WAIT_S)
+        _connect(raw, there.path)
+        assert raw.recv(1) == b""
+    there.closed.get(timeout=WAIT_S)
+
+
+def test_another_users_process_is_not_taken_at_either_end(
+    sides: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    here, there = sides
+    monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)  # the kernel says who is really there
+    with pytest.raises(PermissionError, match="of user"):
+        here.streams.connect(str(there.path), HELLO, "peer")
+    with socket.socket(socket.AF_UNIX) as raw:
+        raw.settimeout(WAIT_S)
+        _connect(raw, there.path)
+        assert raw.recv(1) == b""
+    assert there.heard.empty()
+    assert "of user" in caplog.text
+
+
+def test_after_the_end_nothing_connects_and_the_sockets_file_is_gone(sides: tuple[Side, Side]) -> None:
+    here, there = sides
+    here.streams.close()
+    with pytest.raises(TransferFailed, match="have ended"):
+        here.streams.connect(str(there.path), HELLO, "peer")
+    assert not here.path.exists()
+    assert there.heard.get(timeout=WAIT_S)[1] == HELLO
+    there.closed.get(timeout=WAIT_S)
 
 
 def _connect(raw: socket.socket, path: Path) -> None:
