@@ -110,7 +110,7 @@ class Way:
     transport: str  # what carries it now; empty: nothing can
     reason: str = ""  # why it is not the fastest one; empty: it is
     probed_gb_per_s: float = 0.0  # of the mapped pool, at the handshake; 0: not measured
-    stale_reads: int = 0  # pulls that found a block given to another holder meanwhile
+    stale_reads: int = 0  # pulls that found a block given to another holder meanwhile, on the open stream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

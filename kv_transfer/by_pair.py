@@ -3,15 +3,16 @@ r"""Each pair of workers moves KV the fastest way that it can: the source's pool
     unmet -> handshake -> mapped <-> object store, for a while      a stream that closed, copies that failed
                       \-> object store                              the two can't; or "no answer", for a while
 
-The source chooses, at its first offer to a reader; the reader takes what comes. A way that is pinned by configuration
-is never left: where it can't be had, offers and pulls fail with GeometryMismatch and say why.
+The source chooses, at its first offer to a reader; the reader takes what comes. No offer waits for a handshake: it goes
+by the store meanwhile. A way that is pinned by configuration is never left: then offers do wait for their own reader's
+handshake, and where the way can't be had, offers and pulls fail with GeometryMismatch and say why.
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Lock
 from time import monotonic
 from types import TracebackType
@@ -30,7 +31,7 @@ from .transport import Moved, Transport
 
 _AGAIN_S = 30.0  # in the store after something went wrong, before the mapped way is tried again
 _FAULTS = ("CorruptPiece", "TransferFailed")  # of a reader's, that speak against the way and not the request
-_MOST_WAYS = 256  # that are remembered for the status
+_MOST_WAYS = 256  # that are remembered, beside those that are mapped or under way
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class _Pair:
     reason: str = ""  # why it is not
     until: float | None = None  # when to try again; None: never, while not mapped
     met: bool = False
-    lock: Lock = field(default_factory=Lock)  # who holds it chooses
+    choosing: "Future[None] | None" = None  # its handshake, while it is under way
 
     def settled(self, now: float) -> bool:
         return self.met and (self.mapped or self.until is None or now < self.until)
@@ -67,8 +68,8 @@ class PairTransport:
         self._store = store
         self._clock = clock
         possible = site.transport != RAY_STORE and not site.unmapped
-        self._mapped = MappedTransport(site, greet, self._closed, self._returned) if possible else None
-        self._pairs: dict[str, _Pair] = {}  # by reader
+        self._mapped = MappedTransport(site, greet, self._closed, self._returned, clock) if possible else None
+        self._pairs: dict[str, _Pair] = {}  # by reader, the longest unused first
         self._sources: dict[str, Way] = {}  # whose pieces came through the store
         self._choices = ThreadPoolExecutor(2, thread_name_prefix="kv-choose")
         self._lock = Lock()
@@ -78,13 +79,16 @@ class PairTransport:
         pair = self._pair(reader)
         if self._mapped is None:
             return self._store.offer(piece, blocks, reader)
+        choosing = self._choosing(pair, reader)
+        if choosing is not None and self._site.transport == MAPPED:
+            return self._offer_after(choosing, pair, piece, blocks, reader)
         if pair.mapped:
-            offered = self._mapped.offer(piece, blocks, reader)
-            offered.add_done_callback(lambda ended: self._offered(reader, ended))
-            return offered
-        if pair.settled(self._clock()) and self._site.transport != MAPPED:
-            return self._store.offer(piece, blocks, reader)
-        return self._choices.submit(self._choose_and_offer, pair, piece, blocks, reader)
+            return self._offer_mapped(piece, blocks, reader)
+        if self._site.transport == MAPPED:
+            refused: Future[Moved] = Future()
+            refused.set_exception(_refusal(pair))
+            return refused
+        return self._store.offer(piece, blocks, reader)
 
     def pull(self, delivery: Delivery, into: Sequence[BlockId]) -> "Future[Moved]":
         if delivery.handles and isinstance(delivery.handles[0], Source):
@@ -136,50 +140,77 @@ class PairTransport:
 
     def _pair(self, reader: str) -> _Pair:
         with self._lock:
-            known = self._pairs.get(reader)
+            known = self._pairs.pop(reader, None)
             if known is not None:
+                self._pairs[reader] = known
                 return known
             if self._mapped is None:
                 reason = self._site.unmapped or f"this worker is pinned to {RAY_STORE}"
                 pair = self._pairs[reader] = _Pair(reason=reason, met=True)
             else:
                 pair = self._pairs[reader] = _Pair()
-            while len(self._pairs) > _MOST_WAYS:
-                self._pairs.pop(next(iter(self._pairs)))
+            idle = [name for name, one in self._pairs.items() if one.met and not (one.mapped or one.choosing)]
+            for name in idle[:-_MOST_WAYS]:
+                del self._pairs[name]
         if pair.reason and self._site.transport != RAY_STORE:
             _log.warning("KV for %s moves by %s: %s", reader, RAY_STORE, pair.reason)
         return pair
 
-    def _choose_and_offer(self, pair: _Pair, piece: Piece, blocks: Sequence[BlockId], reader: str) -> Moved:
-        with pair.lock:
-            if not pair.settled(self._clock()):
-                self._choose(pair, reader)
-        if self._site.transport == MAPPED and not pair.mapped:
-            if pair.until is None:
-                raise GeometryMismatch(f"--transport is mapped, but it can't be: {pair.reason}")
-            raise TransferFailed(f"--transport is mapped, but it can't be now: {pair.reason}")
-        by = self._mapped if pair.mapped and self._mapped is not None else self._store
-        offered = by.offer(piece, blocks, reader)
-        if by is self._mapped:
-            offered.add_done_callback(lambda ended: self._offered(reader, ended))
-        return offered.result()
+    def _choosing(self, pair: _Pair, reader: str) -> "Future[None] | None":
+        """The pair's handshake, begun if it is time for one. None: none is under way."""
+        with self._lock:
+            if pair.choosing is None and not pair.settled(self._clock()):
+                pair.choosing = self._choices.submit(self._choose, pair, reader)
+            return pair.choosing
 
     def _choose(self, pair: _Pair, reader: str) -> None:
         assert self._mapped is not None
-        told = pair.reason if pair.met else None
+        told, refusal = pair.reason if pair.met else None, None
         try:
             self._mapped.meet(reader)
         except NotMapped as error:
-            pair.mapped, pair.reason = False, str(error)
-            pair.until = None if error.lasting else self._clock() + self._patience
-        else:
-            pair.mapped, pair.reason, pair.until = True, "", None
-        pair.met = True
-        if not pair.mapped and pair.reason != told:  # once for each pair, and again when it is another reason
+            refusal = error
+        except Exception as error:  # whatever it is, the pair has to move
+            _log.exception("the handshake with %s failed", reader)
+            refusal = NotMapped(f"the handshake failed: {error!r}", lasting=False)
+        with self._lock:
+            pair.met, pair.mapped, pair.choosing = True, refusal is None, None
+            pair.reason, pair.until = "", None
+            if refusal is not None:
+                pair.reason = str(refusal)
+                pair.until = None if refusal.lasting else self._clock() + self._patience
+        if refusal is None and not self._mapped.is_met(reader):
+            self._fault(reader, "its stream has closed")  # before it could be told of a pair that was mapped
+        elif refusal is not None and pair.reason != told:  # once for each pair, and again when it is another reason
             way = "cannot move" if self._site.transport == MAPPED else f"moves by {RAY_STORE}"
             _log.warning("KV for %s %s: %s", reader, way, pair.reason)
-        elif pair.mapped and told:
-            _log.info("KV for %s moves by %s again", reader, MAPPED)
+        elif refusal is None:
+            _log.info("KV for %s moves by %s%s", reader, MAPPED, " again" if told else "")
+
+    def _offer_mapped(self, piece: Piece, blocks: Sequence[BlockId], reader: str) -> "Future[Moved]":
+        assert self._mapped is not None
+        offered = self._mapped.offer(piece, blocks, reader)
+        offered.add_done_callback(lambda ended: self._offered(reader, ended))
+        return offered
+
+    def _offer_after(
+        self, choosing: "Future[None]", pair: _Pair, piece: Piece, blocks: Sequence[BlockId], reader: str
+    ) -> "Future[Moved]":
+        """Pinned to the mapped way: when its handshake is over. No thread waits for that."""
+        result: Future[Moved] = Future()
+
+        def go_on(chosen: "Future[None]") -> None:
+            if chosen.cancelled():
+                result.cancel()
+            elif not result.set_running_or_notify_cancel():
+                return  # the loan has ended
+            elif pair.mapped:
+                self._offer_mapped(piece, blocks, reader).add_done_callback(lambda ended: _hand_on(ended, result))
+            else:
+                result.set_exception(_refusal(pair))
+
+        choosing.add_done_callback(go_on)
+        return result
 
     @property
     def _patience(self) -> float:
@@ -203,10 +234,12 @@ class PairTransport:
         if isinstance(error, TransferFailed):
             self._fault(reader, str(error))
 
-    def _closed(self, reader: str) -> None:
-        """Of the streams' thread: a reader's has closed. It has ended, most likely, and nobody will ask again."""
+    def _closed(self, reader: str, in_good_order: bool) -> None:
+        """Of the streams' thread: a reader's has closed."""
         if self._step_down(reader, "its stream has closed"):
-            _log.info("the stream to %s has closed", reader)
+            level = logging.INFO if in_good_order else logging.WARNING
+            said = "it has left" if in_good_order else f"if it lives, its KV moves by {RAY_STORE} for a while"
+            _log.log(level, "the stream to %s has closed; %s", reader, said)
 
     def _returned(self, reader: str, message: Returned) -> None:
         """Of the streams' thread: what a reader says of a piece that it mapped."""
@@ -229,6 +262,21 @@ class PairTransport:
             reason = why_not_mapped(capability_from_bytes(record), mine)
             answer = to_bytes(Answer(record=mine, refusal=reason, lasting=True))
         return answer
+
+
+def _refusal(pair: _Pair) -> Exception:
+    """Of an offer that is pinned to the mapped way."""
+    if pair.until is None:
+        return GeometryMismatch(f"--transport is mapped, but it can't be: {pair.reason}")
+    return TransferFailed(f"--transport is mapped, but it can't be now: {pair.reason}")
+
+
+def _hand_on(ended: "Future[Moved]", to: "Future[Moved]") -> None:
+    error = CancelledError() if ended.cancelled() else ended.exception()
+    if error is not None:
+        to.set_exception(error)
+    else:
+        to.set_result(ended.result())
 
 
 @contextmanager

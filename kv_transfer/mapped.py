@@ -3,13 +3,14 @@
     source                                          reader
     record            -- handshake, over Ray -->    maps pool and generation words, probes
                       <-- answer, token --------
-    stream, Hello     ------------------------->    knows whose stream it is
+    stream, Hello     ------------------------->    knows whose stream it is, maps for as long as it is open
+                      <------------------- Hello    has mapped
     piece: blocks, generations, checksums ----->    generations same? copy, check, generations still the same?
                       <-------------- Returned      source alive?
 
 Nothing is kept for what is offered: the loan keeps the blocks, and a block that has a new holder all the same has a new
 generation. A closed stream is a peer's end, for both sides: each tells its rank (`PeerLost`), and the reader lets go of
-the source's memory.
+the source's memory. A later stream of the same inbox is another `Source`, another `Reader`.
 """
 
 import hmac
@@ -17,9 +18,11 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from threading import Lock
-from time import time_ns
+from time import monotonic, time_ns
 from types import TracebackType
 from typing import Self
 
@@ -44,6 +47,9 @@ Greet = Callable[[str, bytes], bytes]
 """Carries a record to the rank of an inbox and brings its answer. Raises TransferFailed."""
 
 _THREADS = 2
+_WELCOME_S = 3.0  # for a reader to map, once it has our Hello; much less than a lease
+_EXPECTED_S = 10.0  # for a source to connect, once it has our answer
+_MOST_EXPECTED = 64
 _PART_BYTES = 8 << 20  # announced together: the reader copies them while the next ones' checksums are made
 
 _log = logging.getLogger(__name__)
@@ -70,12 +76,12 @@ class Source:
 
 @dataclass(eq=False, slots=True)
 class Reader:
-    """A peer that maps our pool."""
+    """A peer that maps our pool, or is about to: then its stream is open, and it has not said so yet."""
 
-    inbox: str
+    record: Capability
+    token: bytes  # of its answer
     gb_per_s: float
-    stream: Stream | None = None
-    lock: Lock = field(default_factory=Lock)  # who holds it shakes hands
+    mapped: "Future[Stream]" = field(default_factory=Future)  # its stream; fails with NotMapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,7 @@ class _Expected:
     token: bytes
     record: Capability
     gb_per_s: float
+    until: float
 
 
 class MappedTransport:
@@ -96,20 +103,22 @@ class MappedTransport:
         self,
         site: Site,
         greet: Greet,
-        lost: Callable[[str], None] = lambda _: None,
+        lost: Callable[[str, bool], None] = lambda *_: None,
         returned: Callable[[str, Returned], None] = lambda *_: None,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
-        """greet: reaches other ranks. lost: told of each reader whose stream has closed. returned: told what each says
-        beside the inbox."""
+        """greet: reaches other ranks. lost: told of each reader whose stream has closed, and whether it left in good
+        order. returned: told what each says beside the inbox."""
         assert site.generations is not None, "pools that can't be mapped"
         self._site = site
         self._capability = site.capability
         self._greet = greet
         self._lost = lost
         self._returned = returned
-        self._readers: dict[str, Reader] = {}
+        self._clock = clock
+        self._readers: dict[str, Reader] = {}  # that have mapped
         self._sources: dict[str, Source] = {}
-        self._expected: dict[str, _Expected] = {}
+        self._expected: dict[str, _Expected] = {}  # by inbox, the longest expected first
         self._announced: dict[TicketId, int] = {}
         self._lock = Lock()
         site.generations.begin(site.epoch)
@@ -137,7 +146,9 @@ class MappedTransport:
     @property
     def ways(self) -> Sequence[Way]:
         with self._lock:
-            readers = [Way(peer=one.inbox, transport=self.name, probed_gb_per_s=one.gb_per_s) for one in self._open()]
+            readers = [
+                Way(peer=peer, transport=self.name, probed_gb_per_s=one.gb_per_s) for peer, one in self._readers.items()
+            ]
             sources = [
                 Way(
                     peer=one.record.inbox,
@@ -163,38 +174,42 @@ class MappedTransport:
     # Beside the protocol, for who chooses between transports
 
     def told(self, inbox: str, message: Returned) -> bool:
-        """False: no source of that inbox has a stream here."""
+        """False: no source of that inbox has a stream here, or its stream does not take it."""
         with self._lock:
             source = self._sources.get(inbox)
         if source is None:
             return False
         try:
             source.stream.send(message)
-        except TransferFailed as error:
-            _log.info("rank %s was not told of ticket %s: %s", inbox, message.ticket_id, error)
+        except (TransferFailed, Damaged) as error:
+            _log.info("rank %s was not told of ticket %s on its stream: %s", inbox, message.ticket_id, error)
+            return False
         return True
 
     def is_met(self, reader: str) -> bool:
-        """The stream to that reader is open."""
-        with self._lock:
-            known = self._readers.get(reader)
-        return known is not None and known.stream is not None and known.stream.is_open
+        """The stream to that reader is open, and it has mapped."""
+        return self._stream_to(reader) is not None
 
     def meet(self, reader: str) -> Stream:
-        """The stream to a reader; shakes hands first where there is none. Raises NotMapped."""
-        with self._lock:
-            known = self._readers.setdefault(reader, Reader(reader, 0.0))
-        with known.lock:
-            if known.stream is not None and known.stream.is_open:
-                return known.stream
-            answer = self._ask(reader)
-            known.gb_per_s = answer.gb_per_s
-            try:
-                known.stream = self._streams.connect(answer.record.socket, Hello(bytes.fromhex(answer.token)), known)
-            except (OSError, ValueError) as error:
-                raise NotMapped(f"its stream can't be reached: {error}", lasting=False) from None
-            _log.info("%s maps our KV pool, %.1f GB/s", answer.record.worker_id, answer.gb_per_s)
-            return known.stream
+        """The stream to a reader; shakes hands first where there is none, which may take seconds. For one thread at a
+        time, of each reader. Raises NotMapped."""
+        known = self._stream_to(reader)
+        if known is not None:
+            return known
+        answer = self._ask(reader)
+        try:
+            found = Reader(answer.record, bytes.fromhex(answer.token), answer.gb_per_s)
+            stream = self._streams.connect(answer.record.socket, Hello(found.token), found)
+        except (OSError, ValueError, TransferFailed, Damaged) as error:
+            raise NotMapped(f"its stream can't be reached: {error}", lasting=False) from None
+        try:
+            found.mapped.result(_WELCOME_S)
+        except TimeoutError:
+            if found.mapped.cancel():
+                stream.end()
+                raise NotMapped(f"it has not mapped our pool within {_WELCOME_S:.0f} s", lasting=False) from None
+        _log.info("%s maps our KV pool, %.1f GB/s", answer.record.worker_id, answer.gb_per_s)
+        return stream
 
     def answer(self, record: bytes) -> bytes:
         """A source's handshake: see `Inbox.greeter`. Raises Damaged."""
@@ -208,10 +223,20 @@ class MappedTransport:
             return to_bytes(Answer(record=self._capability, refusal=f"its pool can't be mapped: {error}"))
         token = secrets.token_bytes(16)
         with self._lock:  # it is mapped again when its stream is here: one that dies before then holds no memory
-            self._expected[source.inbox] = _Expected(token, source, gb_per_s)
+            self._expected.pop(source.inbox, None)
+            self._expected[source.inbox] = _Expected(token, source, gb_per_s, self._clock() + _EXPECTED_S)
+            self._forget_late()
         return to_bytes(Answer(record=self._capability, token=token.hex(), gb_per_s=gb_per_s))
 
     # Source
+
+    def _stream_to(self, reader: str) -> Stream | None:
+        with self._lock:
+            known = self._readers.get(reader)
+        if known is None:
+            return None
+        stream = known.mapped.result()
+        return stream if stream.is_open else None
 
     def _ask(self, reader: str) -> Answer:
         try:
@@ -225,9 +250,21 @@ class MappedTransport:
     def _offer(self, piece: Piece, blocks: tuple[BlockId, ...], reader: str) -> Moved:
         assert self._site.generations is not None
         start = time_ns()
-        stream = self.meet(reader)
+        stream = self._stream_to(reader)
+        if stream is None:
+            raise TransferFailed(f"no stream to {reader} is open")
         # They stand as long as the loan does: any later holder has others.
         generations = self._site.generations.of(blocks)
+        self._count(piece.ticket_id, 1)  # before the first part is sent: it may come back before the last one is
+        try:
+            self._send(stream, piece, blocks, generations)
+        except BaseException:
+            self._count(piece.ticket_id, -1)
+            raise
+        return moved(self.name, len(blocks) * self._site.pool.block_bytes, len(blocks), start)
+
+    def _send(self, stream: Stream, piece: Piece, blocks: tuple[BlockId, ...], generations: tuple[int, ...]) -> None:
+        """In parts. Raises TransferFailed."""
         done = 0
         for part, named in parts(piece, blocks, _PART_BYTES // self._site.pool.block_bytes):
             stream.send(
@@ -239,9 +276,12 @@ class MappedTransport:
                 )
             )
             done += len(named)
+
+    def _count(self, ticket_id: TicketId, more: int) -> None:
         with self._lock:
-            self._announced[piece.ticket_id] = self._announced.get(piece.ticket_id, 0) + 1
-        return moved(self.name, len(blocks) * self._site.pool.block_bytes, len(blocks), start)
+            count = self._announced.pop(ticket_id, 0) + more
+            if count > 0:
+                self._announced[ticket_id] = count
 
     def _checksums(self, piece: Piece, blocks: Sequence[BlockId]) -> tuple[int, ...]:
         if not self._site.checked:
@@ -303,9 +343,12 @@ class MappedTransport:
                 return True
             case Piece(), Source() as source if self._is_of(message, source):
                 return self._put(Delivery(message, (source,)))
-            case Returned(), Reader() as reader:
+            case Hello(token), Reader() as reader if not reader.mapped.done() and token == reader.token:
+                self._has_mapped(reader, stream)
+                return True
+            case Returned(), Reader() as reader if reader.mapped.done():
                 if self._was_announced(message.ticket_id):
-                    self._returned(reader.inbox, message)
+                    self._returned(reader.record.inbox, message)
                 return self._put(Delivery(message))
             case _:
                 raise Damaged(f"a {type(message).__name__} has no place on this stream")
@@ -326,6 +369,7 @@ class MappedTransport:
     def _welcome(self, stream: Stream, token: bytes) -> None:
         """Raises Damaged where nobody with this token is expected."""
         with self._lock:
+            self._forget_late()
             found = [one for one in self._expected.values() if hmac.compare_digest(one.token, token)]
             expected = self._expected.pop(found[0].record.inbox) if found else None
         if expected is None:
@@ -341,7 +385,33 @@ class MappedTransport:
             stream.owner = source
         if earlier is not None:
             self._lose(earlier)
+        with suppress(TransferFailed):  # it has closed: `_closed` is told next
+            stream.send(Hello(token))
         _log.info("the KV pool of %s is mapped, %.1f GB/s", expected.record.worker_id, expected.gb_per_s)
+
+    def _forget_late(self) -> None:
+        """Under the lock: who has not come in time, and the longest expected of too many."""
+        for inbox, one in list(self._expected.items()):
+            if one.until <= self._clock() or len(self._expected) > _MOST_EXPECTED:
+                del self._expected[inbox]
+
+    def _has_mapped(self, reader: Reader, stream: Stream) -> None:
+        """Raises Damaged where nobody waits for that any more."""
+        if not reader.mapped.set_running_or_notify_cancel():
+            raise Damaged("a reader has mapped too late")
+        inbox = reader.record.inbox
+        with self._lock:
+            earlier = self._readers.pop(inbox, None)
+        if earlier is not None:  # the end of its stream is still to be told
+            self._lose_reader(earlier)
+        with self._lock:
+            reader.mapped.set_result(stream)
+            self._readers[inbox] = reader
+
+    def _lose_reader(self, reader: Reader) -> None:
+        """What it was promised it does not read any more."""
+        self._lost(reader.record.inbox, not Path(reader.record.socket).exists())  # see `Streams.close`
+        self._put(Delivery(PeerLost(reader.record.inbox)))
 
     def _lose(self, source: Source) -> None:
         source.mapping = None  # a pull under way still has it
@@ -357,14 +427,17 @@ class MappedTransport:
                         del self._sources[source.record.inbox]
                 if known:
                     self._lose(source)
+            case Reader() as reader if not reader.mapped.done():  # nothing was promised on this stream
+                if reader.mapped.set_running_or_notify_cancel():
+                    reason = "its stream closed before it had mapped our pool"
+                    reader.mapped.set_exception(NotMapped(reason, lasting=False))
             case Reader() as reader:
+                inbox = reader.record.inbox
                 with self._lock:
-                    if self._readers.get(reader.inbox) is reader:
-                        del self._readers[reader.inbox]
-                self._lost(reader.inbox)
-                self._put(Delivery(PeerLost(reader.inbox)))
+                    known = self._readers.get(inbox) is reader
+                    if known:
+                        del self._readers[inbox]
+                if known:  # else a later stream of its inbox has taken its place
+                    self._lose_reader(reader)
             case _:
                 return
-
-    def _open(self) -> list[Reader]:
-        return [one for one in self._readers.values() if one.stream is not None]

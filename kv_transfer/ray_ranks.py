@@ -11,7 +11,7 @@ from ..core.errors import TransferFailed
 NAMESPACE = "baton"
 """An actor's method `deliver` takes a message, as bytes, and `greet` answers a handshake: see kv_transfer/inbox.py."""
 
-_GREET_S = 20.0
+_GREET_S = 3.0  # much less than a lease
 
 
 class RayRanks:

@@ -47,7 +47,8 @@ class Transport(Protocol):
         and announce it at the inbox `reader`, maybe in parts that add up to it.
 
         Done when the announcement is with the reader's rank, or on a stream whose end both would notice. Fails with
-        TransferFailed; then what was announced is not to be relied on. The caller keeps the blocks unchanged until
+        TransferFailed, or with GeometryMismatch where the only way allowed can't be had; then what was announced is not
+        to be relied on. The caller keeps the blocks unchanged until
         `withdraw`, which it calls in every case: some transports copy them only when they are pulled.
         """
 

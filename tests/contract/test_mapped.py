@@ -11,24 +11,29 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from baton.core.errors import CorruptPiece, LeaseExpired, TransferFailed
-from baton.core.ids import Epoch, SequenceId, TicketId
+from baton.core.ids import Epoch, SequenceId, TicketId, WorkerId
 from baton.core.tickets import Geometry, Piece
 from baton.engine.parallel.shared_pool import SharedPool
-from baton.kv_transfer.capability import RankPool, why_not_mapped
+from baton.kv_transfer.capability import RankPool, to_bytes, why_not_mapped
 from baton.kv_transfer.encoding import encode
 from baton.kv_transfer.inbox import greet
-from baton.kv_transfer.mapped import MappedTransport, NotMapped, Source
+from baton.kv_transfer.mapped import MappedTransport, NotMapped, Reader, Source
 from baton.kv_transfer.messages import Delivery, Hello, PeerLost, Returned
 from baton.kv_transfer.rank_pools import whole_blocks
+from baton.kv_transfer.streams import Stream
 
 from ..mapped_ends import SharedEnd
 from .transport_contract import BLOCKS, GEOMETRY, WAIT_S, End, TransportContract, ids, piece
+
+OTHER = replace(GEOMETRY, fingerprint="another")
 
 
 def mapped_ends(folder: Path, *, checked: bool = True) -> "tuple[list[SharedEnd], list[MappedTransport]]":
@@ -46,10 +51,19 @@ def mapped_ends(folder: Path, *, checked: bool = True) -> "tuple[list[SharedEnd]
     return ends, transports
 
 
+def knock(source: MappedTransport, reader: MappedTransport, inbox: str) -> None:
+    """Connect with the token that this inbox was given."""
+    token = reader._expected[inbox].token
+    owner = Reader(reader._capability, token, 0.0)
+    source._streams.connect(reader._capability.socket, Hello(token), owner)
+    owner.mapped.result(WAIT_S)
+
+
 @contextmanager
 def opened(folder: Path, *, checked: bool = True) -> Iterator[tuple[End, End]]:
     ends, transports = mapped_ends(folder, checked=checked)
     with transports[0], transports[1]:
+        transports[0].meet("D")
         made = [End(end.name, end.pool, transport, end.inbox) for end, transport in zip(ends, transports, strict=True)]
         yield made[0], made[1]
     for end in ends:
@@ -122,7 +136,9 @@ class TestMapped(TransportContract):
         assert source.next_delivery().message == PeerLost("D")
         with pytest.raises(TransferFailed):
             reader.transport.pull(delivery, ids(4)).result(WAIT_S)
-        # The next offer shakes hands again.
+        with pytest.raises(TransferFailed, match="no stream"):
+            source.transport.offer(piece((0,)), ids(3), reader.name).result(WAIT_S)
+        source.transport.meet(reader.name)  # type: ignore[attr-defined]
         source.transport.offer(piece((0,)), ids(3), reader.name).result(WAIT_S)
         reader.transport.pull(reader.next_delivery(), ids(4)).result(WAIT_S)
 
@@ -135,6 +151,79 @@ class TestMapped(TransportContract):
             stranger.sendall(encode(Hello(bytes(16))))
             assert stranger.recv(1) == b""
         assert first.is_open
+
+    def test_a_stream_whose_end_is_told_late_takes_nothing_from_the_next_one(
+        self, ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source, reader = ends
+        way = source.transport
+        assert isinstance(way, MappedTransport)
+        first, ended = way.meet("D"), SimpleQueue[Stream]()
+        monkeypatch.setattr(way._streams, "_told_closed", ended.put)
+        first.end()
+        assert ended.get(timeout=WAIT_S) is first
+        assert reader.next_delivery().message == PeerLost("P")
+        second = way.meet("D")
+        assert source.next_delivery().message == PeerLost("D"), "what was promised on the first ends before the second"
+        way._closed(first)
+        assert source.inbox.drain() == []
+        assert way.meet("D") is second
+        source.transport.offer(piece((0,)), ids(3), reader.name).result(WAIT_S)
+        reader.transport.pull(reader.next_delivery(), ids(4)).result(WAIT_S)
+
+    def test_a_source_that_comes_again_ends_what_came_before(self, ends: tuple[End, End]) -> None:
+        source, reader = ends
+        source.transport.offer(piece((0,)), ids(3), reader.name).result(WAIT_S)
+        delivery = reader.next_delivery()
+        way = source.transport
+        assert isinstance(way, MappedTransport)
+        with way._lock:
+            way._readers.clear()  # as another process of its inbox would know none
+        way.meet("D")
+        assert reader.next_delivery().message == PeerLost("P")
+        with pytest.raises(TransferFailed, match="gone"):
+            reader.transport.pull(delivery, ids(4)).result(WAIT_S)
+        assert [one.peer for one in reader.transport.ways] == ["P"]
+
+    @pytest.mark.parametrize(
+        "lie", [{"source": WorkerId("Q")}, {"source_epoch": Epoch(2)}, {"source_inbox": "Q"}, {"geometry": OTHER}]
+    )
+    def test_a_piece_of_another_source_ends_the_stream(self, ends: tuple[End, End], lie: "dict[str, Any]") -> None:
+        source, reader = ends
+        source.transport.meet("D").send(replace(piece((0,)), **lie))  # type: ignore[attr-defined]
+        assert reader.next_delivery().message == PeerLost("P")
+        assert source.next_delivery().message == PeerLost("D")
+
+    def test_only_what_was_announced_on_the_stream_counts_for_the_way(
+        self, ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source, reader = ends
+        heard: list[str] = []
+        monkeypatch.setattr(source.transport, "_returned", lambda _, message: heard.append(message.ticket_id))
+        source.transport.offer(piece((0,)), ids(3), reader.name).result(WAIT_S)
+        reader.next_delivery()
+        for ticket in ("another", "t"):
+            said = Returned(ticket_id=TicketId(ticket), sequence_id=SequenceId("s/0"), source_epoch=Epoch(1))
+            reader.transport.tell("P", said)
+            assert source.next_delivery().message == said
+        assert heard == ["t"]
+
+    def test_answers_are_kept_for_a_while_and_for_so_many(
+        self, ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source, reader = (end.transport for end in ends)
+        assert isinstance(source, MappedTransport)
+        assert isinstance(reader, MappedTransport)
+        for index in range(100):
+            reader.answer(to_bytes(replace(source._capability, inbox=f"P.{index}")))
+        assert list(reader._expected) == [f"P.{index}" for index in range(36, 100)]
+        now = reader._clock() + 11
+        monkeypatch.setattr(reader, "_clock", lambda: now)
+        with pytest.raises(NotMapped, match="closed before"):
+            knock(source, reader, "P.50")
+        assert not reader._expected
+        reader.answer(to_bytes(source._capability))
+        assert list(reader._expected) == ["P"]
 
     def test_a_full_inbox_holds_messages_back_and_loses_none(self, tmp_path: Path) -> None:
         with opened(tmp_path) as (source, reader):
@@ -179,6 +268,7 @@ def test_workers_that_split_the_heads_read_each_others_pools(
         MappedTransport(sites[1], lambda *_: b"") as reader,
         MappedTransport(sites[0], lambda _, record: reader.answer(record)) as source,
     ):
+        source.meet("D")
         about = replace(piece((0, 1, 2)), geometry=geometry)
         source.offer(about, ids(4, 5, 1), "D").result(WAIT_S)
         delivery = End("D", ends[1].pool, reader, ends[1].inbox).next_delivery()
@@ -233,6 +323,7 @@ def be_source(pipe: Connection, folder: Path) -> None:
                     value: object = end.ledger.allocate(arguments[0])
                     end.pool[value] = arguments[1]
                 case "offer":
+                    transport.meet("D")
                     value = transport.offer(piece(tuple(range(len(arguments[0])))), arguments[0], "D").result(WAIT_S)
                 case "release":
                     value = end.ledger.release(arguments[0])
@@ -379,6 +470,7 @@ def test_what_keeps_two_workers_from_mapping_is_said_in_words(tmp_path: Path) ->
         ({"unmapped": "the pool is on cuda"}, "cuda"),
         ({"host": replace(reader.host, boot_id="another")}, "different hosts"),
         ({"host": replace(reader.host, user=12345)}, "different users"),
+        ({"host": replace(reader.host, pid_namespace="pid:[1]")}, "different containers"),
         ({"geometry": replace(GEOMETRY, block_tokens=32)}, "tokens per block"),
     ):
         assert says in why_not_mapped(source, replace(reader, **change))  # type: ignore[arg-type]

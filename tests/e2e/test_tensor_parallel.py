@@ -22,6 +22,7 @@ from .processes import with_command
 from .test_colocated import AT_ONCE, NEW_TOKENS, TIGHT, ask, crowd, preemptions
 from .test_equality import compare, generate, prompts, reference
 from .test_lifecycle import answers, until
+from .test_trace import carried_by, carried_ways, settled
 
 
 def flags_of(device: str, num_ranks: int) -> list[str]:
@@ -56,6 +57,17 @@ def test_greedy_tokens_of_two_ranks_equal_those_of_transformers_when_prefill_and
     for index, tokens in zip(chosen, found, strict=True):
         compare(near_ties, index, prompts()[index], tokens, reference(index))
     near_ties.report("two ranks, prefill and decode apart", most=1)
+    assert_clean(apart)
+
+
+def test_blocks_that_two_ranks_hold_move_the_fastest_way_that_there_is(apart: Cluster, device: str) -> None:
+    near_ties, index = NearTies(), 2
+    with grpc.insecure_channel(apart.grpc_address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        settled(apart, stub, device)
+        compare(near_ties, index, prompts()[index], generate(stub, index), reference(index))
+    near_ties.report("two ranks, prefill and decode apart, after they have met", most=1)
+    assert carried_ways(apart) == {carried_by(device)}
     assert_clean(apart)
 
 

@@ -12,11 +12,13 @@ from baton.v1 import inference_pb2_grpc
 from .cluster import Cluster, serve
 from .otlp import Receiver
 from .statuses import statuses
+from .test_lifecycle import until
 
 
 def test_one_trace_holds_router_prefill_transfer_and_decode(
     cluster: Cluster, stub: inference_pb2_grpc.InferenceServiceStub, receiver: Receiver, device: str
 ) -> None:
+    settled(cluster, stub, device)
     name = f"traced-{secrets.token_hex(4)}"
     request = pb.GenerateRequest(
         request_id=name, text="Return a list of", sampling=pb.SamplingParams(max_tokens=8, ignore_eos=True)
@@ -56,6 +58,13 @@ def test_pinned_to_the_object_store_it_carries_the_bytes(tmp_path: Path, receive
 def carried_by(device: str) -> str:
     """The fastest that there is between two workers of this machine."""
     return "mapped" if device == "cpu" else "ray_store"
+
+
+def settled(cluster: Cluster, stub: inference_pb2_grpc.InferenceServiceStub, device: str) -> None:
+    """The workers have met: their first KV goes by the object store, whatever the others do."""
+    request = pb.GenerateRequest(text="The workers have to meet", sampling=pb.SamplingParams(max_tokens=2))
+    list(stub.Generate(request, timeout=60))
+    until(lambda: carried_ways(cluster) == {carried_by(device)})
 
 
 def carriers(spans: list[tuple[str, Any]]) -> set[str]:
