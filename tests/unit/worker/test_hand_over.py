@@ -16,7 +16,7 @@ from baton.core.ids import BlockId, Epoch, SequenceId, TicketId, WorkerId
 from baton.engine.ledger import Ledger
 from baton.kv_transfer.inbox import Inbox
 from baton.kv_transfer.loopback import Hub, LoopbackTransport
-from baton.kv_transfer.messages import Returned
+from baton.kv_transfer.messages import PeerLost, Returned
 from baton.kv_transfer.pool import BlockPool
 from baton.worker.landing import Landed, Landing, LandingFailed
 from baton.worker.lending import Identity, Lending
@@ -47,7 +47,7 @@ class HandOver(RuleBasedStateMachine):
         self.hub = Hub()
         self.now = 0.0
         self.count = 0
-        self.source = Side(self.hub, "P", 1)
+        self.source = self.make_side("P", 1)
         self.lending = Lending(
             self.source.ledger, self.source.transport, GEOMETRY, self.source.identity, LEASE_S, lambda: None
         )
@@ -59,9 +59,12 @@ class HandOver(RuleBasedStateMachine):
         self.epoch = 0
         self.new_reader()
 
+    def make_side(self, name: str, epoch: int) -> Side:
+        return Side(self.hub, name, epoch)
+
     def new_reader(self) -> None:
         self.epoch += 1
-        self.reader = Side(self.hub, "D", self.epoch)
+        self.reader = self.make_side("D", self.epoch)
         self.landing = Landing(
             self.reader.ledger,
             self.reader.transport,
@@ -125,11 +128,18 @@ class HandOver(RuleBasedStateMachine):
     @rule(twice=st.booleans())
     def deliver(self, twice: bool) -> None:
         for delivery in self.reader.inbox.drain() * (2 if twice else 1):
+            if isinstance(delivery.message, PeerLost):
+                self.landing.lost(delivery.message.inbox)
+                continue
             try:
                 self.landing.accept(delivery, self.now)
             except BatonError as error:
                 self.landing.refuse(delivery.message, error)
         for delivery in self.source.inbox.drain() * (2 if twice else 1):
+            if isinstance(delivery.message, PeerLost):
+                for lost in self.lending.lost(delivery.message.inbox):
+                    self._forget_source(lost.sequence_id)
+                continue
             assert isinstance(delivery.message, Returned)
             loan = self.lending.returned(delivery.message)
             if loan is not None:
