@@ -93,6 +93,8 @@ class PairTransport:
     def pull(self, delivery: Delivery, into: Sequence[BlockId]) -> "Future[Moved]":
         if delivery.handles and isinstance(delivery.handles[0], Source):
             assert self._mapped is not None
+            with self._lock:  # what came before they had met says nothing any more
+                self._sources.pop(delivery.handles[0].record.inbox, None)
             return self._mapped.pull(delivery, into)
         piece = delivery.message
         assert isinstance(piece, Piece)

@@ -163,6 +163,14 @@ def test_the_probe_is_shown_on_both_sides(pairs: Pairs) -> None:
         assert way.probed_gb_per_s > 0
 
 
+def test_a_source_that_has_left_is_not_said_to_have_chosen_the_store(pairs: Pairs) -> None:
+    source, reader = pairs.end("P"), pairs.end("D")
+    met(source, reader)
+    source.transport._mapped._streams.close()  # type: ignore[attr-defined]
+    assert reader.next_delivery().message == PeerLost("P")
+    assert reader.transport.ways == ()
+
+
 def test_a_pinned_way_that_cannot_be_had_is_an_error_that_says_why(pairs: Pairs) -> None:
     source, reader = pairs.end("P", transport="mapped"), pairs.end("D", transport="ray_store")
     for _ in range(2):
