@@ -3,8 +3,8 @@ r"""Each pair of workers moves KV the fastest way that it can: the source's pool
     unmet -> handshake -> mapped <-> object store, for a while      a stream that closed, copies that failed
                       \-> object store                              the two can't; or "no answer", for a while
 
-The source chooses, at its first offer to a reader; the reader takes what comes. No offer waits for a handshake: it goes
-by the store meanwhile. A way that is pinned by configuration is never left: then offers do wait for their own reader's
+The source chooses, at its first offer to a reader; the reader takes what comes. Offers go by the store while hands are
+shaken. A way that is pinned by configuration is never left: then offers do wait for their own reader's
 handshake, and where the way can't be had, offers and pulls fail with GeometryMismatch and say why.
 """
 
