@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from baton.core.ids import Epoch, SequenceId, TicketId
 from baton.core.request import EndReason, Request, Sampling
+from baton.kv_transfer.encoding import encode
 from baton.kv_transfer.inbox import deliver
 from baton.kv_transfer.messages import Returned
 from baton.observe import names
@@ -243,7 +244,7 @@ def test_mail_of_a_peer_changes_nothing(alone: Alone) -> None:
     key = alone.admit("a", prompt_of(1, 30), 5)
     alone.turn()
     message = Returned(ticket_id=TicketId("t"), sequence_id=key, source_epoch=Epoch(1))
-    deliver(alone.b.inbox, message, ())
+    deliver(alone.b.inbox, encode(message), ())
     alone.settle()
     assert alone.seen[key].answer == answer(prompt_of(1, 30), 5)
     alone.assert_clean()
