@@ -6,10 +6,14 @@
 // writes a half again only after a call for which this one has sent a row, which it does when it has read all before.
 // Calls are counted on the device, so that a captured launch counts on. Bound by latency: a write across and back.
 // Sums are float32, of rank 0's x first, so both ranks get the same bits.
-#include "common.cuh"
 #include "ptx.cuh"
+#include "vectors.cuh"
 
 namespace {
+
+using baton::kPerVec;
+using baton::pack;
+using baton::unpack;
 
 constexpr int kThreads = 512;
 constexpr int kMost = 8;  // 16-byte vectors of a row that one thread holds
@@ -26,30 +30,6 @@ struct Problem {
   void* out;
   int rank, room, vecs;  // R, and vectors of a row
   float eps;
-};
-
-template <typename T>
-struct Vec {
-  static constexpr int kSize = 16 / int(sizeof(T));
-  float x[kSize];
-
-  __device__ __forceinline__ static Vec of(const uint4& raw) {
-    Vec v;
-    const T* values = reinterpret_cast<const T*>(&raw);
-#pragma unroll
-    for (int i = 0; i < kSize; i++) v.x[i] = float(values[i]);
-    return v;
-  }
-  __device__ __forceinline__ uint4 rounded() {  // and keeps what it became
-    uint4 raw;
-    T* values = reinterpret_cast<T*>(&raw);
-#pragma unroll
-    for (int i = 0; i < kSize; i++) {
-      values[i] = T(x[i]);
-      x[i] = float(values[i]);
-    }
-    return raw;
-  }
 };
 
 template <typename T>
@@ -76,26 +56,27 @@ __global__ void __launch_bounds__(kThreads) sum_of_two(const Problem p) {
   }
   __syncthreads();
 
-  Vec<T> sums[kMost];
+  float sums[kMost][kPerVec<T>];
   float squares = 0.f;
 #pragma unroll
   for (int i = 0; i < kMost; i++) {
     const int vec = threadIdx.x + i * kThreads;
     if (vec >= p.vecs) break;
-    const Vec<T> own = Vec<T>::of(mine[i]);
-    const Vec<T> other = Vec<T>::of(__ldcg(static_cast<const uint4*>(p.inbox_here) + half + vec));
-    Vec<T> before;
+    float own[kPerVec<T>], other[kPerVec<T>], before[kPerVec<T>] = {};
+    unpack<T>(mine[i], own);
+    unpack<T>(__ldcg(static_cast<const uint4*>(p.inbox_here) + half + vec), other);
     uint4* stream = static_cast<uint4*>(p.stream) + at + vec;
-    if (p.stream != nullptr) before = Vec<T>::of(*stream);
+    if (p.stream != nullptr) unpack<T>(*stream, before);
 #pragma unroll
-    for (int e = 0; e < Vec<T>::kSize; e++) {
-      const float sum = p.rank == 0 ? own.x[e] + other.x[e] : other.x[e] + own.x[e];
-      sums[i].x[e] = p.stream != nullptr ? before.x[e] + sum : sum;
+    for (int e = 0; e < kPerVec<T>; e++) {
+      const float sum = p.rank == 0 ? own[e] + other[e] : other[e] + own[e];
+      sums[i][e] = p.stream != nullptr ? before[e] + sum : sum;
     }
-    const uint4 raw = sums[i].rounded();
+    const uint4 raw = pack<T>(sums[i]);
+    unpack<T>(raw, sums[i]);  // as it is stored
     *(p.stream != nullptr ? stream : static_cast<uint4*>(p.out) + at + vec) = raw;
 #pragma unroll
-    for (int e = 0; e < Vec<T>::kSize; e++) squares += sums[i].x[e] * sums[i].x[e];
+    for (int e = 0; e < kPerVec<T>; e++) squares += sums[i][e] * sums[i][e];
   }
   if (p.stream != nullptr) {
 #pragma unroll
@@ -105,15 +86,16 @@ __global__ void __launch_bounds__(kThreads) sum_of_two(const Problem p) {
     squares = 0.f;
 #pragma unroll
     for (int w = 0; w < kThreads / 32; w++) squares += of_warps[w];
-    const float scale = rsqrtf(squares / float(p.vecs * Vec<T>::kSize) + p.eps);
+    const float scale = rsqrtf(squares / float(p.vecs * kPerVec<T>) + p.eps);
 #pragma unroll
     for (int i = 0; i < kMost; i++) {
       const int vec = threadIdx.x + i * kThreads;
       if (vec >= p.vecs) break;
-      const Vec<T> weight = Vec<T>::of(static_cast<const uint4*>(p.weight)[vec]);
+      float weight[kPerVec<T>];
+      unpack<T>(static_cast<const uint4*>(p.weight)[vec], weight);
 #pragma unroll
-      for (int e = 0; e < Vec<T>::kSize; e++) sums[i].x[e] *= scale * weight.x[e];
-      (static_cast<uint4*>(p.out) + at)[vec] = sums[i].rounded();
+      for (int e = 0; e < kPerVec<T>; e++) sums[i][e] *= scale * weight[e];
+      (static_cast<uint4*>(p.out) + at)[vec] = pack<T>(sums[i]);
     }
   }
   // The last to end counts the call: until then all of them read the count before.
