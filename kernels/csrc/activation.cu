@@ -2,6 +2,7 @@
 //   gate_up [R, 2F], a row's gate before its up    out [R, F]
 // Each thread makes 16 bytes of `out`, in float32 and rounded once. Bound by memory: 3 * R * F elements. Thread blocks are
 // small, so that one row (14 of them, at F = 14336 in bfloat16) is read by many multiprocessors.
+#include "launch.cuh"
 #include "vectors.cuh"
 
 namespace {
@@ -14,10 +15,12 @@ constexpr int kThreads = 128;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-gate_vecs(const uint4* __restrict__ gate_up, uint4* __restrict__ out, int vecs) {
+gate_vecs(const uint4* gate_up, uint4* out, int vecs) {
   const int64_t row = blockIdx.x;
   const int at = blockIdx.y * kThreads + threadIdx.x;
+  baton::let_next_begin();
   if (at >= vecs) return;
+  baton::await_earlier();
   const uint4* from = gate_up + row * 2 * vecs + at;
   const uint4 halves[2] = {from[0], from[vecs]};
   float gate[kPerVec<T>], up[kPerVec<T>];
@@ -30,9 +33,9 @@ gate_vecs(const uint4* __restrict__ gate_up, uint4* __restrict__ out, int vecs) 
 
 template <typename T>
 int launch(const void* gate_up, void* out, int rows, int vecs, cudaStream_t stream) {
-  gate_vecs<T><<<dim3(rows, baton::ceil_div(vecs, kThreads)), kThreads, 0, stream>>>(
-      static_cast<const uint4*>(gate_up), static_cast<uint4*>(out), vecs);
-  return cudaGetLastError();
+  const dim3 grid(rows, baton::ceil_div(vecs, kThreads));
+  return baton::launch(gate_vecs<T>, grid, kThreads, 0, stream, static_cast<const uint4*>(gate_up),
+                       static_cast<uint4*>(out), vecs);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 // and weight, take one multiprocessor some 400 cycles at 64 bytes each; two would save half of that and pay as much for
 // an exchange of their sums. At many rows the memory wants 34 KB under way to each multiprocessor: as many thread blocks
 // as registers allow keep 64 KB (2048 bfloat16) to 128 KB.
+#include "launch.cuh"
 #include "vectors.cuh"
 
 namespace {
@@ -41,16 +42,21 @@ __device__ __forceinline__ float sum_of_block(float x) {
 // A thread has vectors threadIdx.x + i * kThreads of its block's row. share: 1 / D.
 template <typename T, int kVecs>
 __global__ void __launch_bounds__(kThreads)
-add_and_norm(const uint4* __restrict__ delta, uint4* __restrict__ stream, const uint4* __restrict__ weight,
-             uint4* __restrict__ normed, int vecs, float share, float eps) {
+add_and_norm(const uint4* delta, uint4* stream, const uint4* weight, uint4* normed, int vecs, float share, float eps) {
   constexpr int kPer = kPerVec<T>;
   const int64_t row = int64_t(blockIdx.x) * vecs;
   uint4 x[kVecs], w[kVecs];
+  baton::let_next_begin();
+#pragma unroll
+  for (int i = 0; i < kVecs; i++) {
+    const int at = threadIdx.x + i * kThreads;
+    w[i] = at < vecs ? weight[at] : uint4{};
+  }
+  baton::await_earlier();
 #pragma unroll
   for (int i = 0; i < kVecs; i++) {
     const int at = threadIdx.x + i * kThreads;
     x[i] = at < vecs ? stream[row + at] : uint4{};
-    w[i] = at < vecs ? weight[at] : uint4{};
   }
   if (delta != nullptr) {
     uint4 more[kVecs];
@@ -99,10 +105,9 @@ int launch(const void* delta, void* stream, const void* weight, void* normed, in
     if (vecs > kVecs * kThreads) return launch<T, kVecs * 2>(delta, stream, weight, normed, rows, vecs, eps, queue);
   }
   if (vecs > kVecs * kThreads) return cudaErrorInvalidValue;
-  add_and_norm<T, kVecs><<<unsigned(rows), kThreads, 0, queue>>>(
-      static_cast<const uint4*>(delta), static_cast<uint4*>(stream), static_cast<const uint4*>(weight),
-      static_cast<uint4*>(normed), vecs, 1.f / float(vecs * kPerVec<T>), eps);
-  return cudaGetLastError();
+  return baton::launch(add_and_norm<T, kVecs>, dim3(rows), kThreads, 0, queue, static_cast<const uint4*>(delta),
+                       static_cast<uint4*>(stream), static_cast<const uint4*>(weight), static_cast<uint4*>(normed),
+                       vecs, 1.f / float(vecs * kPerVec<T>), eps);
 }
 
 }  // namespace

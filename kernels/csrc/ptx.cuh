@@ -12,20 +12,6 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void* from, bool ther
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(size));
 }
 
-// For copy_16_once: what is read goes from the L2 cache before all else.
-__device__ __forceinline__ uint64_t evict_first() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
-  return policy;
-}
-
-// As copy_16, under a policy of the L2 cache.
-__device__ __forceinline__ void copy_16_once(uint32_t to, const void* from, bool there, uint64_t policy) {
-  const int size = there ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;\n" ::"r"(to), "l"(from), "r"(size),
-               "l"(policy));
-}
-
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n"); }
 
 // All this thread's copies are here but those of its newest groups.

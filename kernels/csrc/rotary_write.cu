@@ -8,6 +8,7 @@
 // A thread has 16 bytes of a head's first half and the 16 of its second half that turn with them, so it needs no other
 // thread but for the norm; a head's threads are neighbours in one warp. All in float32, rounded once. Bound by memory,
 // (2H + 4G) * D elements a token, and at few tokens by two loads after each other: the position, then its angles.
+#include "launch.cuh"
 #include "vectors.cuh"
 
 namespace {
@@ -43,6 +44,8 @@ __device__ __forceinline__ void keep(void* pool, int64_t element, const float (&
 template <typename T, bool kNorms>
 __global__ void __launch_bounds__(kThreads) turn_and_write(const Problem p) {
   constexpr int kPer = kPerVec<T>;
+  baton::let_next_begin();
+  baton::await_earlier();
   const int64_t token = blockIdx.x;
   const int thread = blockIdx.y * kThreads + threadIdx.x;
   const int head = thread >> p.log_team, member = thread & ((1 << p.log_team) - 1);
@@ -114,12 +117,8 @@ __global__ void __launch_bounds__(kThreads) turn_and_write(const Problem p) {
 template <typename T>
 int launch(const Problem& p, cudaStream_t stream) {
   const int parts = baton::ceil_div((p.heads + 2 * p.kv_heads) << p.log_team, kThreads);
-  if (p.q_weight == nullptr) {
-    turn_and_write<T, false><<<dim3(p.tokens, parts), kThreads, 0, stream>>>(p);
-  } else {
-    turn_and_write<T, true><<<dim3(p.tokens, parts), kThreads, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+  const auto kernel = p.q_weight == nullptr ? turn_and_write<T, false> : turn_and_write<T, true>;
+  return baton::launch(kernel, dim3(p.tokens, parts), kThreads, 0, stream, p);
 }
 
 }  // namespace

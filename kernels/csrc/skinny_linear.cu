@@ -21,7 +21,6 @@ namespace {
 
 using baton::commit_copies;
 using baton::copy_16;
-using baton::copy_16_once;
 using baton::multiply;
 using baton::transposed;
 using baton::wait_copies;
@@ -130,7 +129,6 @@ __global__ void __launch_bounds__(X::kThreads, 1) skinny(const Problem p) {
   constexpr int kVecs = Weights::kRowBytes / 16, kPass = kThreads / kVecs, kPasses = kRows / kPass;
   const int64_t row_bytes = int64_t(p.inputs) * Weights::kRowBytes / kChunk;
   const int64_t weight_step = kPass * row_bytes, lift = p.gate ? (p.outputs - kRows / 2) * row_bytes : 0;
-  const uint64_t once = baton::evict_first();
   const auto fetch = [&](const Cursor& c, int stage) {
     const uint32_t to = ring + stage * X::kStage;
     const int column = c.chunk * kChunk;
@@ -143,7 +141,7 @@ __global__ void __launch_bounds__(X::kThreads, 1) skinny(const Problem p) {
 #pragma unroll
       for (int pass = 0; pass < kPasses; pass++) {
         if (pass == kPasses / 2) from += lift, left += p.gate ? kRows / 2 : 0;
-        if (pass * kPass < left) copy_16_once(to + Weights::at(row + pass * kPass, vec), from, there, once);
+        if (pass * kPass < left) copy_16(to + Weights::at(row + pass * kPass, vec), from, there);
         from += weight_step;
       }
     }

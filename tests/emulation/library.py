@@ -42,7 +42,7 @@ def missing() -> str | None:
 
 def as_cpp(source: str) -> str:
     """A CUDA source without the syntax that only nvcc knows."""
-    assert not re.search(r"\basm\b", source), "PTX belongs into ptx.cuh or hopper.cuh"
+    assert not re.search(r"\basm\b", source), "PTX belongs into ptx.cuh, hopper.cuh or launch.cuh"
     source = _LAUNCH.sub(r"emulation::launch(\2, [&] { \1(\3); });", source)
     return _DYNAMIC.sub(r"\1* \2 = reinterpret_cast<\1*>(emulation::shared_memory);", source)
 

@@ -10,13 +10,6 @@ inline void copy_16(uint32_t to, const void* from, bool there) {
   emulation::current->copies.push_back({at_shared(to), from, there ? 16 : 0, there ? 0 : 16});
 }
 
-inline uint64_t evict_first() { return 1; }
-
-inline void copy_16_once(uint32_t to, const void* from, bool there, uint64_t policy) {
-  if (policy != evict_first()) emulation::fail("a copy under a policy that nobody made");
-  copy_16(to, from, there);
-}
-
 inline void commit_copies() {
   auto& thread = *emulation::current;
   thread.groups.push_back(std::move(thread.copies));

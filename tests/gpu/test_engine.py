@@ -128,8 +128,9 @@ def test_a_step_with_look_ahead_never_waits_for_its_own_tokens(
     plan = batch._plan(0.0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        flight = batch._launch(plan)
-        batch._sampling.launch(flight)
+        with torch.inference_mode():  # as in step()
+            flight = batch._launch(plan)
+            batch._sampling.launch(flight)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(flight.decode_rows) > 0
