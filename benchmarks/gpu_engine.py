@@ -1,6 +1,6 @@
 """The engine on one GPU, on a model of an 8B's shape with random weights, beside what vLLM 0.26 did on an H200.
 
-    PYTHONPATH=src python -P benchmarks/gpu_engine.py [--only a e] [--json FILE]
+    PYTHONPATH=src python -P benchmarks/gpu_engine.py [--only a e] [--json FILE] [--kernels]
 
     a  1 x (128 in, 256 out): ms per token             d  32 x (4096 in, 1 out): prompt tokens per second
     b  256 x (1024 in, 256 out): output tokens per s   e  a step of 16, 64, 256 sequences at a context of 2,000: ms
@@ -12,6 +12,9 @@ products at the rate that is sustained for 3 s; both rates are measured in the s
 
 "idle" is the share of a workload's time that the GPU had nothing to do between two steps, by the GPU's own clock: from
 the end of one step's sampling to the start of the next step.
+
+--kernels: which kernels the time of a decode step goes to, for 1, 16, 64, 256 and 512 sequences, before all else. Those
+that overlap are each counted in full.
 """
 
 import argparse
@@ -143,14 +146,7 @@ class Bench:
 
     def run(self, count: int, prompt: int, answer: int, step_tokens: int) -> tuple[float, list[float], list[float]]:
         """(seconds, ms of each step, ms of each gap)."""
-        batch = ContinuousBatch(self._engine, policy("fcfs"), step_tokens=step_tokens)
-        numbers = torch.Generator().manual_seed(count + self._count)
-        vocabulary = self._engine.config.vocab_size
-        for _ in range(count):
-            self._count += 1
-            ids = tuple(torch.randint(0, vocabulary, (prompt,), generator=numbers).tolist())
-            seq = Sequence(SequenceId(f"r/{self._count}"), ids, Sampling(max_tokens=answer, temperature=0.0))
-            batch.add(seq)
+        batch = self._batch(count, prompt, answer, step_tokens)
         self._watched.times()
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -162,6 +158,17 @@ class Bench:
         self._engine.ledger.check()
         self._engine.ledger.drop_cached()
         return took, steps, gaps
+
+    def _batch(self, count: int, prompt: int, answer: int, step_tokens: int) -> ContinuousBatch:
+        batch = ContinuousBatch(self._engine, policy("fcfs"), step_tokens=step_tokens)
+        numbers = torch.Generator().manual_seed(count + self._count)
+        vocabulary = self._engine.config.vocab_size
+        for _ in range(count):
+            self._count += 1
+            ids = tuple(torch.randint(0, vocabulary, (prompt,), generator=numbers).tolist())
+            seq = Sequence(SequenceId(f"r/{self._count}"), ids, Sampling(max_tokens=answer, temperature=0.0))
+            batch.add(seq)
+        return batch
 
     def decode_floor_s(self, sequences: float, context: float) -> float:
         return (self._weights + sequences * context * self._kv_token) / self._reads
@@ -198,6 +205,28 @@ class Bench:
             floor = self.decode_floor_s(count, 2048) * 1e3
             rows.append(self._row(f"e {count}", per_step, floor / per_step, gaps[-80:-8], sum(steps[-80:-8]) / 1e3))
         return rows
+
+    def kernels(self, count: int, prompt: int, steps: int = 8, most: int = 14) -> None:
+        """Prints what kernels decode steps of so many sequences run, the longest first: us and number a step, name."""
+        batch = self._batch(count, prompt, steps + 80, 16384)  # the first is there when the last comes
+        while batch.waiting or batch.tokens_ahead():
+            batch.step(0.0)
+        for _ in range(4):
+            batch.step(0.0)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            for _ in range(steps):
+                batch.step(0.0)
+            torch.cuda.synchronize()
+        while batch.step(0.0) is not None:
+            pass
+        self._watched.times()
+        self._engine.ledger.drop_cached()
+        found = sorted(profiler.key_averages(), key=lambda one: -one.self_device_time_total)
+        total = sum(one.self_device_time_total for one in found)
+        print(f"kernels of a step of {count} sequences at {prompt} tokens, {total / steps / 1e3:.2f} ms together")
+        for one in found[:most]:
+            print(f"  {one.self_device_time_total / steps:>9.1f} us {one.count / steps:>7.1f} x  {one.key[:90]}")
 
     def _prefill_floor_s(self, count: int, prompt: int) -> float:
         config = self._engine.config
@@ -257,6 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list("abcde"), default=list("abcde"))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--kernels", action="store_true")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("no NVIDIA GPU here: nothing to measure")
@@ -277,6 +307,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.cuda.synchronize()
     print(f"engine ready in {time.perf_counter() - began:.1f} s, {engine.kv_cache.num_blocks} blocks")
     bench = Bench(engine, watched, reads, products)
+    for count, prompt in ((1, 128), (16, 2000), (64, 2000), (256, 2000), (512, 128)) if options.kernels else ():
+        bench.kernels(count, prompt)
     workloads: dict[str, Callable[[], list[Row]]] = {name: getattr(bench, name) for name in options.only}
     rows: list[Row] = []
     print(f"{'workload':<10}{'figure':>10} {'unit':<10}{'/ rival':>8}{'/ floor':>8}{'idle':>7}")
