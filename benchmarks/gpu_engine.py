@@ -4,14 +4,14 @@
 
     a  1 x (128 in, 256 out): ms per token             d  32 x (4096 in, 1 out): prompt tokens per second
     b  256 x (1024 in, 256 out): output tokens per s   e  a step of 16, 64, 256 sequences at a context of 2,000: ms
-    c  512 x (128 in, 512 out): output tokens per s
+    c  512 x (128 in, 512 out): output tokens per s    f  256 live, 512 more come as others go: idle share alone
 
 Greedy, nobody ends early, no prefix is shared. Each workload runs on fewer tokens first, to warm up. Beside each figure
 is its share of the floor: all weights and the mean KV read once a step, at the rate of plain reads, and the prompts'
 products at the rate that is sustained for 3 s; both rates are measured in the same run.
 
 "idle" is the share of a workload's time that the GPU had nothing to do between two steps, by the GPU's own clock: from
-the end of one step's sampling to the start of the next step.
+the end of one step's sampling to the start of the next step. In f prompts have 16 to 1,024 tokens, answers 16 to 512.
 
 --kernels: which kernels the time of a decode step goes to, for 1, 16, 64, 256 and 512 sequences, before all else. Those
 that overlap are each counted in full.
@@ -27,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,6 +36,7 @@ from baton.core.ids import SequenceId
 from baton.core.request import Sampling
 from baton.core.tickets import Geometry
 from baton.engine.continuous_batch import ContinuousBatch
+from baton.engine.device_clock import DeviceTime
 from baton.engine.engine import Engine
 from baton.engine.kv_cache import KvCache
 from baton.engine.models.config import ModelConfig
@@ -44,7 +46,6 @@ from baton.engine.models.weights import Weights
 from baton.engine.parallel.alone import Alone
 from baton.engine.policies import policy
 from baton.engine.sequence import Sequence
-from baton.engine.step_input import StepInput
 
 GIB = 1 << 30
 SHAPE_8B = {
@@ -65,7 +66,7 @@ SHAPE_8B = {
 # vLLM 0.26 on one H200: (figure, unit, more is better)
 RIVAL = {"a": (4.945, "ms/token", False), "b": (6094.0, "tok/s", True), "c": (20456.0, "tok/s", True),
          "d": (40912.0, "tok/s", True), "e 16": (6.07, "ms/step", False), "e 64": (9.53, "ms/step", False),
-         "e 256": (25.5, "ms/step", False)}  # fmt: skip
+         "e 256": (25.5, "ms/step", False), "f": (0.0, "tok/s", True)}  # fmt: skip
 
 
 class RandomFiles:
@@ -89,41 +90,6 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
     return read_model(weights, config, positions, read_attention, read_mlp)
 
 
-class Watched:
-    """An executor whose steps are marked on the GPU's clock."""
-
-    def __init__(self, executor: object) -> None:
-        self._executor = executor
-        self.marks: list[tuple[torch.cuda.Event, torch.cuda.Event | None]] = []
-        self._start: torch.cuda.Event | None = None
-
-    def forward(self, step: StepInput) -> Tensor:
-        self._start = _mark()
-        logits: Tensor = self._executor.forward(step)  # type: ignore[attr-defined]
-        if not len(step.sampled_rows):
-            self.marks.append((self._start, _mark()))
-        return logits
-
-    def accept(self, token_ids: Tensor) -> None:
-        self._executor.accept(token_ids)  # type: ignore[attr-defined]
-        assert self._start is not None
-        self.marks.append((self._start, _mark()))
-
-    def times(self) -> tuple[list[float], list[float]]:
-        """(ms of each step, ms of nothing before each but the first); what was marked is forgotten."""
-        torch.cuda.synchronize()
-        marks, self.marks = self.marks, []
-        steps = [start.elapsed_time(end) for start, end in marks if end is not None]
-        gaps = [marks[i][1].elapsed_time(marks[i + 1][0]) for i in range(len(marks) - 1)]  # type: ignore[union-attr]
-        return steps, gaps
-
-
-def _mark() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
-
-
 @dataclass(frozen=True)
 class Row:
     workload: str
@@ -135,9 +101,9 @@ class Row:
 
 
 class Bench:
-    def __init__(self, engine: Engine, watched: Watched, reads: float, products: float) -> None:
+    def __init__(self, engine: Engine, reads: float, products: float) -> None:
         """reads: bytes per second; products: floating point operations per second, sustained."""
-        self._engine, self._watched = engine, watched
+        self._engine = engine
         self._reads, self._products = reads, products
         config = engine.config
         model = engine_bytes(config)
@@ -147,17 +113,15 @@ class Bench:
     def run(self, count: int, prompt: int, answer: int, step_tokens: int) -> tuple[float, list[float], list[float]]:
         """(seconds, ms of each step, ms of each gap)."""
         batch = self._batch(count, prompt, answer, step_tokens)
-        self._watched.times()
         torch.cuda.synchronize()
-        began = time.perf_counter()
-        while batch.step(time.perf_counter()) is not None:
-            pass
+        began, times = time.perf_counter(), []
+        while (result := batch.step(time.perf_counter())) is not None:
+            times += result.device
         torch.cuda.synchronize()
         took = time.perf_counter() - began
-        steps, gaps = self._watched.times()
         self._engine.ledger.check()
         self._engine.ledger.drop_cached()
-        return took, steps, gaps
+        return took, [one.busy_s * 1e3 for one in times], [one.idle_s * 1e3 for one in times]
 
     def _batch(self, count: int, prompt: int, answer: int, step_tokens: int) -> ContinuousBatch:
         batch = ContinuousBatch(self._engine, policy("fcfs"), step_tokens=step_tokens)
@@ -206,6 +170,28 @@ class Bench:
             rows.append(self._row(f"e {count}", per_step, floor / per_step, gaps[-80:-8], sum(steps[-80:-8]) / 1e3))
         return rows
 
+    def f(self) -> list[Row]:
+        """256 are live at any time, until 768 have come."""
+        numbers = np.random.default_rng(0)
+        batch = ContinuousBatch(self._engine, policy("fcfs"), step_tokens=2048)
+        vocabulary, left, live = self._engine.config.vocab_size, 768, 0
+        sizes = [(int(numbers.integers(16, 1025)), int(numbers.integers(16, 513))) for _ in range(left)]
+        prompts = [tuple(numbers.integers(0, vocabulary, prompt).tolist()) for prompt, _ in sizes]
+        times: list[DeviceTime] = []
+        tokens, began = 0, time.perf_counter()
+        while left or live:
+            while left and live < 256:
+                left, live = left - 1, live + 1
+                sampling = Sampling(max_tokens=sizes[left][1], temperature=0.0)
+                batch.add(Sequence(SequenceId(f"f/{left}"), prompts[left], sampling))
+            result = batch.step(time.perf_counter())
+            assert result is not None, "nothing runs, and not all have ended"
+            live -= len(result.ended)
+            tokens += len(result.tokens)
+            times += result.device
+        took = time.perf_counter() - began
+        return [self._row("f", tokens / took, 0.0, [one.idle_s * 1e3 for one in times], took)]
+
     def kernels(self, count: int, prompt: int, steps: int = 8, most: int = 14) -> None:
         """Prints what kernels decode steps of so many sequences run, the longest first: us and number a step, name."""
         batch = self._batch(count, prompt, steps + 80, 16384)  # the first is there when the last comes
@@ -220,7 +206,6 @@ class Bench:
             torch.cuda.synchronize()
         while batch.step(0.0) is not None:
             pass
-        self._watched.times()
         self._engine.ledger.drop_cached()
         found = sorted(profiler.key_averages(), key=lambda one: -one.self_device_time_total)
         total = sum(one.self_device_time_total for one in found)
@@ -237,7 +222,8 @@ class Bench:
 
     def _row(self, name: str, figure: float, of_floor: float, gaps: list[float], took: float) -> Row:
         rival, unit, more = RIVAL[name]
-        return Row(name, figure, unit, figure / rival if more else rival / figure, of_floor, sum(gaps) / 1e3 / took)
+        to_rival = (figure / rival if more else rival / figure) if rival else 0.0
+        return Row(name, figure, unit, to_rival, of_floor, sum(gaps) / 1e3 / took)
 
 
 def engine_bytes(config: ModelConfig) -> tuple[int, int]:
@@ -263,9 +249,7 @@ def products_per_s(device: torch.device, size: int = 8192, for_s: float = 3.0) -
     return 50 * 2 * size**3 / last
 
 
-def build_engine(
-    shape: dict[str, object], device: torch.device, max_batch: int, kv_bytes: int
-) -> tuple[Engine, Watched]:
+def build_engine(shape: dict[str, object], device: torch.device, max_batch: int, kv_bytes: int) -> Engine:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape))
         save_file({"none": torch.zeros(1)}, Path(folder) / "model.safetensors")  # a configuration alone is no model
@@ -276,15 +260,12 @@ def build_engine(
     )  # fmt: skip
     with torch.inference_mode():
         model = random_model(config, device, torch.bfloat16, 8192)
-        engine = Engine(model, KvCache(kv_bytes // geometry.block_bytes, geometry, device), 8192, max_batch)
-    watched = Watched(engine.executor)
-    engine.executor = watched
-    return engine, watched
+        return Engine(model, KvCache(kv_bytes // geometry.block_bytes, geometry, device), 8192, max_batch)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=list("abcde"), default=list("abcde"))
+    parser.add_argument("--only", nargs="*", choices=list("abcdef"), default=list("abcdef"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--kernels", action="store_true")
     options = parser.parse_args(arguments)
@@ -303,10 +284,10 @@ def main(arguments: list[str] | None = None) -> int:
     torch.cuda.empty_cache()
     began = time.perf_counter()
     free = torch.cuda.mem_get_info()[0] - 20 * GIB  # of the weights, the graphs, what a large step needs
-    engine, watched = build_engine(SHAPE_8B, device, 512, free)
+    engine = build_engine(SHAPE_8B, device, 512, free)
     torch.cuda.synchronize()
     print(f"engine ready in {time.perf_counter() - began:.1f} s, {engine.kv_cache.num_blocks} blocks")
-    bench = Bench(engine, watched, reads, products)
+    bench = Bench(engine, reads, products)
     for count, prompt in ((1, 128), (16, 2000), (64, 2000), (256, 2000), (512, 128)) if options.kernels else ():
         bench.kernels(count, prompt)
     workloads: dict[str, Callable[[], list[Row]]] = {name: getattr(bench, name) for name in options.only}

@@ -160,6 +160,8 @@ class Report:
     preempted_recompute: int = 0  # sequences whose blocks were given up, to be computed again
     swap_bytes: int = 0  # moved to and from host memory
     unused_slots: int = 0  # token slots of held blocks that hold no token
+    device_busy_s: float = 0.0  # of a GPU, at steps
+    device_idle_s: float = 0.0  # between a step and the next, where there was one to run
 
     @property
     def steps(self) -> int:

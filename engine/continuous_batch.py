@@ -22,6 +22,7 @@ import torch
 from ..core.errors import ModelFault
 from ..core.frames import Holder
 from ..core.ids import BlockId, SequenceId
+from .device_clock import DeviceClock
 from .engine import Engine
 from .flight import Flight, build_step
 from .holdings import Holdings
@@ -68,6 +69,8 @@ class ContinuousBatch:
         self._residents = Residents(engine, self._rows, self._holdings, self._preemption, self._sampling, self._turns)
         self._step_tokens = step_tokens
         self._lookahead = engine.device.type == "cuda" if lookahead is None else lookahead
+        self._clock = DeviceClock(engine.device)
+        self._launched = False  # by the last call
         self._flight: Flight | None = None
         self._rows_starve = False  # rows had something to compute, and none had its blocks
 
@@ -103,6 +106,7 @@ class ContinuousBatch:
         result = StepResult(started=self._residents.start(now))
         plan = self._plan(now)
         flight = self._launch(plan) if len(plan.decode) or plan.chunks else None
+        self._launched = flight is not None
         launched = perf_counter()
         before, self._flight = self._flight, flight
         if before is not None:
@@ -110,6 +114,8 @@ class ContinuousBatch:
         collected = perf_counter()
         if flight is not None:
             self._sampling.launch(flight)
+            self._clock.end()
+        result.device = self._clock.read()
         sampled = perf_counter()
         if flight is not None and not self._lookahead:
             self._flight = None
@@ -224,6 +230,7 @@ class ContinuousBatch:
         copies = self._make_room(plan)
         step, flight = build_step(plan, self._rows, copies, self._engine.geometry.block_tokens, perf_counter())
         flight.copied = [source for source, _ in copies]
+        self._clock.begin(follows=self._launched)
         flight.logits = self._engine.executor.forward(step)
         return flight
 

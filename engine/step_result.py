@@ -8,6 +8,7 @@ import numpy as np
 
 from ..core.errors import BatonError
 from ..core.request import EndReason, TokenLogprobs
+from .device_clock import DeviceTime
 from .sequence import Sequence
 from .step_input import I64
 
@@ -56,3 +57,4 @@ class StepResult:
     tokens: Chosen = Chosen([], _NONE, _NONE, _NONE, {})
     ended: list[tuple[Sequence, EndReason | BatonError]] = field(default_factory=list)  # they are gone from the batch
     stats: StepStats = StepStats()
+    device: list[DeviceTime] = field(default_factory=list)  # of steps that are over, on a GPU

@@ -77,6 +77,7 @@ class WorkerMetrics:
         self.registry = registry = CollectorRegistry()
         self._steps = Counter(names.WORKER_STEPS, "Steps run.", registry=registry)
         self._step = Histogram(names.WORKER_STEP, "Duration of a step.", buckets=SHORT_S, registry=registry)
+        self._device = Counter(names.WORKER_DEVICE, "A GPU at steps and between them.", ["state"], registry=registry)
         self._batch = Histogram(names.WORKER_BATCH, "Sequences in a step.", buckets=BATCH, registry=registry)
         self._tokens = Counter(names.WORKER_TOKENS, "Tokens sampled, computed, found.", ["kind"], registry=registry)
         self._sequences = Gauge(names.WORKER_SEQUENCES, "Sequences here.", ["state"], registry=registry)
@@ -103,6 +104,8 @@ class WorkerMetrics:
         for seconds, size in zip(report.step_s, report.batch_sizes, strict=True):
             self._step.observe(seconds)
             self._batch.observe(size)
+        for state, seconds in (("busy", report.device_busy_s), ("idle", report.device_idle_s)):
+            self._device.labels(state).inc(seconds)
         kinds = (("sampled", report.tokens), ("prefill", report.prefill_tokens), ("cached", report.cached_tokens))
         for kind, tokens in kinds:
             self._tokens.labels(kind).inc(tokens)

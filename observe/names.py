@@ -65,6 +65,7 @@ ROUTER_WORKERS = "baton_router_workers"  # linked, by role
 # Metrics of a worker.
 WORKER_STEPS = "baton_worker_steps_total"
 WORKER_STEP = "baton_worker_step_seconds"
+WORKER_DEVICE = "baton_worker_device_seconds_total"  # by state: busy, idle
 WORKER_BATCH = "baton_worker_batch_sequences"
 WORKER_TOKENS = "baton_worker_tokens_total"  # by kind: sampled, prefill, cached
 WORKER_SEQUENCES = "baton_worker_sequences"  # by state: running, waiting

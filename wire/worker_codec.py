@@ -155,6 +155,8 @@ def report_to_bytes(report: f.Report) -> bytes:
         preempted_recompute=report.preempted_recompute,
         swap_bytes=report.swap_bytes,
         unused_slots=report.unused_slots,
+        device_busy_s=report.device_busy_s,
+        device_idle_s=report.device_idle_s,
     ).SerializeToString()
 
 
@@ -181,6 +183,8 @@ def report_from_bytes(data: bytes) -> f.Report:
         preempted_recompute=message.preempted_recompute,
         swap_bytes=message.swap_bytes,
         unused_slots=message.unused_slots,
+        device_busy_s=bounds.number(message.device_busy_s, "device_busy_s"),
+        device_idle_s=bounds.number(message.device_idle_s, "device_idle_s"),
     )
 
 

@@ -29,6 +29,7 @@ class Reporter:
         self._parts: deque[TimedPart] = deque(maxlen=_MAX_PARTS)
         self._steps: deque[tuple[int, float]] = deque(maxlen=_MAX_STEPS)
         self._tokens = self._prefill_tokens = self._cached_tokens = 0
+        self._busy_s = self._idle_s = 0.0
         self._preempted = self._told_preempted = PreemptionCounts(0, 0, 0)
         self._moved: list[Moved] = []
         self._recent: deque[Moved] = deque(maxlen=_RATE_PIECES)
@@ -53,6 +54,8 @@ class Reporter:
     def step(self, result: StepResult, seconds: float) -> None:
         self._tokens += len(result.tokens)
         self._prefill_tokens += result.stats.prefill_tokens
+        self._busy_s += sum(one.busy_s for one in result.device)
+        self._idle_s += sum(one.idle_s for one in result.device)
         if result.stats.sequences:
             self._steps.append((result.stats.sequences, seconds))
             self.steps += 1
@@ -102,6 +105,8 @@ class Reporter:
             preempted_recompute=counts.recomputed - told.recomputed,
             swap_bytes=counts.swap_bytes - told.swap_bytes,
             unused_slots=unused_slots,
+            device_busy_s=self._busy_s,
+            device_idle_s=self._idle_s,
         )
         try:
             self._ring.put(*Record(Kind.REPORT, 0, report_to_bytes(report)).parts())
@@ -114,6 +119,7 @@ class Reporter:
         self._steps.clear()
         self._moved.clear()
         self._tokens = self._prefill_tokens = self._cached_tokens = 0
+        self._busy_s = self._idle_s = 0.0
 
     def pending(self) -> bool:
         told = self._gauges == self._told and self._preempted == self._told_preempted

@@ -1,6 +1,7 @@
 """The whole engine on a GPU: its greedy answers are those that transformers' logits, computed on the CPU, call best."""
 
 import random as random_numbers
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,3 +135,20 @@ def test_a_step_with_look_ahead_never_waits_for_its_own_tokens(
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(flight.decode_rows) > 0
+
+
+def test_the_device_s_clock_covers_every_step_of_a_run(checkpoint: Callable[..., Path], gpu: torch.device) -> None:
+    engine = Engine.build(checkpoint("Llama"), torch.bfloat16, gpu, kv_bytes=64 << 20)
+    batch = ContinuousBatch(engine, policy("fcfs"))
+    for seq in some_sequences():
+        batch.add(seq)
+    begin, steps, times = time.perf_counter(), 0, []
+    while (result := batch.step(0.0)) is not None:
+        steps += result.stats.sequences > 0
+        times += result.device
+    torch.cuda.synchronize()
+    took = time.perf_counter() - begin
+    assert steps - 2 <= len(times) <= steps  # who asks again later is told of the last ones
+    assert all(one.busy_s > 0 and one.idle_s >= 0 for one in times)
+    assert times[0].idle_s == 0
+    assert sum(one.busy_s + one.idle_s for one in times) <= took

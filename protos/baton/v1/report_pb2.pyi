@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Report(_message.Message):
-    __slots__ = ("parts", "batch_sizes", "step_s", "tokens", "prefill_tokens", "cached_tokens", "load", "cached_blocks", "held_blocks", "lent_blocks", "preempted_swap", "preempted_recompute", "swap_bytes", "unused_slots", "carried")
+    __slots__ = ("parts", "batch_sizes", "step_s", "tokens", "prefill_tokens", "cached_tokens", "load", "cached_blocks", "held_blocks", "lent_blocks", "preempted_swap", "preempted_recompute", "swap_bytes", "unused_slots", "carried", "device_busy_s", "device_idle_s")
     PARTS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZES_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,8 @@ class Report(_message.Message):
     SWAP_BYTES_FIELD_NUMBER: _ClassVar[int]
     UNUSED_SLOTS_FIELD_NUMBER: _ClassVar[int]
     CARRIED_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_IDLE_S_FIELD_NUMBER: _ClassVar[int]
     parts: _containers.RepeatedCompositeFieldContainer[TimedPart]
     batch_sizes: _containers.RepeatedScalarFieldContainer[int]
     step_s: _containers.RepeatedScalarFieldContainer[float]
@@ -39,7 +41,9 @@ class Report(_message.Message):
     swap_bytes: int
     unused_slots: int
     carried: _containers.RepeatedCompositeFieldContainer[Carried]
-    def __init__(self, parts: _Optional[_Iterable[_Union[TimedPart, _Mapping]]] = ..., batch_sizes: _Optional[_Iterable[int]] = ..., step_s: _Optional[_Iterable[float]] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., lent_blocks: _Optional[int] = ..., preempted_swap: _Optional[int] = ..., preempted_recompute: _Optional[int] = ..., swap_bytes: _Optional[int] = ..., unused_slots: _Optional[int] = ..., carried: _Optional[_Iterable[_Union[Carried, _Mapping]]] = ...) -> None: ...
+    device_busy_s: float
+    device_idle_s: float
+    def __init__(self, parts: _Optional[_Iterable[_Union[TimedPart, _Mapping]]] = ..., batch_sizes: _Optional[_Iterable[int]] = ..., step_s: _Optional[_Iterable[float]] = ..., tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., load: _Optional[_Union[_link_pb2.Load, _Mapping]] = ..., cached_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., lent_blocks: _Optional[int] = ..., preempted_swap: _Optional[int] = ..., preempted_recompute: _Optional[int] = ..., swap_bytes: _Optional[int] = ..., unused_slots: _Optional[int] = ..., carried: _Optional[_Iterable[_Union[Carried, _Mapping]]] = ..., device_busy_s: _Optional[float] = ..., device_idle_s: _Optional[float] = ...) -> None: ...
 
 class Carried(_message.Message):
     __slots__ = ("transport", "pieces", "bytes", "seconds")

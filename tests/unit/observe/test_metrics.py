@@ -67,6 +67,8 @@ def test_a_worker_adds_its_reports_up_and_shows_the_latest_gauges() -> None:
         preempted_recompute=2,
         swap_bytes=1000,
         unused_slots=7,
+        device_busy_s=0.5,
+        device_idle_s=0.25,
     )
     worker.observe(report)
     worker.observe(report)
@@ -76,6 +78,8 @@ def test_a_worker_adds_its_reports_up_and_shows_the_latest_gauges() -> None:
     assert value(registry, names.WORKER_STEPS) == 4
     assert value(registry, names.WORKER_STEP + "_sum") == pytest.approx(0.08)
     assert value(registry, names.WORKER_BATCH + "_sum") == 8
+    assert value(registry, names.WORKER_DEVICE, state="busy") == 1.0
+    assert value(registry, names.WORKER_DEVICE, state="idle") == 0.5
     assert value(registry, names.WORKER_TOKENS, kind="sampled") == 8
     assert value(registry, names.WORKER_TOKENS, kind="prefill") == 100
     assert value(registry, names.WORKER_TOKENS, kind="cached") == 32

@@ -212,6 +212,8 @@ def reports(draw: st.DrawFn) -> f.Report:
         preempted_recompute=draw(U64),
         swap_bytes=draw(U64),
         unused_slots=draw(U64),
+        device_busy_s=draw(SECONDS),
+        device_idle_s=draw(SECONDS),
     )
 
 
@@ -440,6 +442,7 @@ def test_an_empty_command_and_too_many_commands_are_refused() -> None:
     [
         report_pb2.Report(batch_sizes=[1, 2], step_s=[0.1]).SerializeToString(),
         report_pb2.Report(batch_sizes=[1], step_s=[math.nan]).SerializeToString(),
+        report_pb2.Report(device_idle_s=math.inf).SerializeToString(),
         report_pb2.Report(carried=[report_pb2.Carried(transport="t", seconds=-1)]).SerializeToString(),
         report_pb2.Report(parts=[{"sequence_id": "s", "name": "n", "attributes": [{"key": "k"}]}]).SerializeToString(),
         b"\xff" * 8,
