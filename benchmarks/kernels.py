@@ -173,42 +173,77 @@ def bench_linear(table: Table, peak: float) -> None:
         calls = max(16, copies)
         torch.cuda.empty_cache()
         weights = [torch.empty(outputs, inputs, dtype=torch.bfloat16, device="cuda").normal_() for _ in range(copies)]
-        norm = torch.randn(inputs, device="cuda").to(torch.bfloat16)
-        workspace = SkinnyWorkspace(norm.device)
-        for rows in (1, 8, 16, 32, 64):
+        workspace = SkinnyWorkspace(weights[0].device)
+        for rows in (1, 8, 16, 32, 64, 128, 256, 2048, 8192) if name != "head" else (1, 8, 16, 32, 64):
             x = torch.randn(rows, inputs, device="cuda").to(torch.bfloat16)
             out = torch.randn(rows, outputs, device="cuda").to(torch.bfloat16)
             half = torch.empty(rows, outputs // 2, dtype=torch.bfloat16, device="cuda")
-            for kernel, call in linear_calls(name, x, norm, out, half, workspace).items():
+            for kernel, call in linear_calls(name, x, out, half, workspace).items():
 
                 def work(call: Callable[[Tensor], object] = call) -> None:
                     for i in range(calls):  # noqa: B023 (called in this round only)
                         call(weights[i % copies])  # noqa: B023
 
                 moved = calls * (outputs * inputs + rows * (inputs + outputs)) * 2
-                table.row(kernel, f"{name}, {rows} rows", calls=calls, moved=moved, total_s=seconds(work), peak=peak)
+                total = seconds(work)
+                table.row(kernel, f"{name}, {rows} rows", calls=calls, moved=moved, total_s=total, peak=peak)
+                if rows > 64:
+                    rate = 2 * calls * rows * outputs * inputs / total
+                    print(f"{'':<58}{rate / 1e12:>20.0f} TFLOP/s", flush=True)
 
 
 def linear_calls(
-    name: str, x: Tensor, norm: Tensor, out: Tensor, half: Tensor, workspace: SkinnyWorkspace
+    name: str, x: Tensor, out: Tensor, half: Tensor, workspace: SkinnyWorkspace
 ) -> dict[str, Callable[[Tensor], object]]:
     """Ways to use a weight: the bare product, ours and torch's, and the same two with what goes with it in a layer."""
     ours = partial(skinny_linear, x, workspace=workspace)
     calls: dict[str, Callable[[Tensor], object]] = {
-        "skinny_linear, tile 128": lambda w: ours(w, out=out, tile=128),
-        "skinny_linear, tile 256": lambda w: ours(w, out=out, tile=256),
+        "skinny_linear": lambda w: ours(w, out=out),
         "torch": lambda w: torch.mm(x, w.T, out=out),
     }
     if name in ("o", "down"):
         calls["skinny_linear, added"] = lambda w: ours(w, out=out, add=True)
         calls["torch, added"] = lambda w: out.add_(torch.mm(x, w.T))
     elif name == "gate_up":
-        calls["skinny_linear, gated"] = lambda w: ours(w, out=half, norm=norm, eps=1e-5, gate=True)
-        calls["torch, gated"] = lambda w: silu_gate(torch.mm(rms_norm(x, norm, 1e-5), w.T))
-    else:
-        calls["skinny_linear, normed"] = lambda w: ours(w, out=out, norm=norm, eps=1e-5)
-        calls["torch, normed"] = lambda w: torch.mm(rms_norm(x, norm, 1e-5), w.T, out=out)
+        calls["skinny_linear, gated"] = lambda w: ours(w, out=half, gate=True)
+        calls["torch, gated"] = lambda w: silu_gate(torch.mm(x, w.T))
     return calls
+
+
+def bench_layer_chain(table: Table, peak: float) -> None:
+    """Products and norms of a decode step, attention and head left out, in one graph over 13 GB of weights."""
+    device = torch.device("cuda")
+    torch.cuda.empty_cache()
+    shapes = [LINEARS[name] for name in ("qkv", "o", "gate_up", "down")]
+    layers = [
+        [torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, shape[1] ** -0.5) for shape in shapes]
+        for _ in range(LAYERS)
+    ]
+    norm = torch.ones(HIDDEN, dtype=torch.bfloat16, device=device)
+    workspace = SkinnyWorkspace(device)
+    moved = sum(outputs * inputs * 2 for outputs, inputs in shapes) * LAYERS
+    for rows in (1, 8, 16, 32, 64):
+        hidden = torch.randn(rows, HIDDEN, device=device).to(torch.bfloat16)
+
+        def ours(hidden: Tensor = hidden) -> None:
+            for qkv, o, gate_up, down in layers:
+                heads = skinny_linear(rms_norm(hidden, norm, 1e-5), qkv, workspace)
+                skinny_linear(heads[:, :HIDDEN], o, workspace, add=True, out=hidden)
+                inner = skinny_linear(rms_norm(hidden, norm, 1e-5), gate_up, workspace, gate=True)
+                skinny_linear(inner, down, workspace, add=True, out=hidden)
+
+        def torchs(hidden: Tensor = hidden) -> None:
+            delta = torch.zeros_like(hidden)
+            for qkv, o, gate_up, down in layers:
+                heads = torch.mm(add_rms_norm(delta, hidden, norm, 1e-5), qkv.T)
+                delta = torch.mm(heads[:, :HIDDEN], o.T)
+                inner = silu_gate(torch.mm(add_rms_norm(delta, hidden, norm, 1e-5), gate_up.T))
+                delta = torch.mm(inner, down.T)
+
+        for name, work in (("layer chain", ours), ("layer chain, torch's", torchs)):
+            total = seconds(work)
+            case = f"{rows} rows, {total * 1e3:.3f} ms in all"
+            table.row(name, case, calls=LAYERS, moved=moved, total_s=total, peak=peak)
 
 
 def bench_layer(table: Table, pool: Tensor, peak: float) -> None:
@@ -378,6 +413,7 @@ def main() -> int:
         reads = probe(table, Path(folder))
     torch.cuda.empty_cache()
     bench_linear(table, reads)
+    bench_layer_chain(table, reads)
     bench_sampling(table, reads)
     bench_attention(table, reads, quick)
     bench_prefill(quick)

@@ -1,5 +1,4 @@
-"""The product with a weight matrix, with what comes before and after it; and the weight's layout where the CPU has a
-better one than rows."""
+"""The product with a weight matrix and what comes after it; and the weight's layout where the CPU has a better one."""
 
 import torch
 from torch import Tensor
@@ -7,7 +6,6 @@ from torch.nn import functional
 
 from .activation import silu_gate
 from .build import cuda_library
-from .norm import rms_norm
 from .skinny_linear import MOST_ROWS, SkinnyWorkspace, fits_skinny, skinny_linear
 
 
@@ -21,22 +19,18 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
     workspace: SkinnyWorkspace | None = None,
     invariant: bool = False,
 ) -> Tensor:
-    """x W^T + b, or rms_norm(x, norm, eps) W^T + b.
+    """x W^T + b.
 
-    x [T, I], weight [O, I], as it is or packed, bias [O], norm [I] -> [T, O].
+    x [T, I], weight [O, I], as it is or packed, bias [O] -> [T, O].
     workspace: lets few rows on a GPU go to `skinny_linear`. invariant: any number of rows do, where it fits them, so
     that a row's result does not depend on how many there are.
     """
-    if _is_skinny(x, weight, workspace, invariant, bias, norm):
+    if _is_skinny(x, weight, workspace, invariant, bias):
         assert workspace is not None
-        return skinny_linear(x, weight, workspace, bias, norm=norm, eps=eps)
-    if norm is not None:
-        x = rms_norm(x, norm, eps)
+        return skinny_linear(x, weight, workspace, bias)
     if weight.is_mkldnn:
         packed: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return packed
@@ -64,8 +58,6 @@ def gated_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
     workspace: SkinnyWorkspace | None = None,
     invariant: bool = False,
 ) -> Tensor:
@@ -73,10 +65,10 @@ def gated_linear(
 
     x [T, I], weight [2F, I], the gate's rows first, bias [2F] -> [T, F]; the rest as `linear` has it.
     """
-    if weight.shape[0] % 16 == 0 and _is_skinny(x, weight, workspace, invariant, bias, norm):
+    if weight.shape[0] % 16 == 0 and _is_skinny(x, weight, workspace, invariant, bias):
         assert workspace is not None
-        return skinny_linear(x, weight, workspace, bias, norm=norm, eps=eps, gate=True)
-    return silu_gate(linear(x, weight, bias, norm=norm, eps=eps))
+        return skinny_linear(x, weight, workspace, bias, gate=True)
+    return silu_gate(linear(x, weight, bias))
 
 
 def _is_skinny(

@@ -81,12 +81,29 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
 // A box of a mapped tensor to shared memory; its bytes count at the barrier. What lies outside the tensor comes as
 // zeros.
 
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x0, int x1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n" ::"r"(
+          to),
+      "l"(map), "r"(barrier), "r"(x0), "r"(x1)
+      : "memory");
+}
+
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x0, int x1,
                                          int x2) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
       "[%2];\n" ::"r"(to),
       "l"(map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2)
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x0, int x1, int x2,
+                                         int x3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];\n" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
       : "memory");
 }
 
@@ -115,31 +132,51 @@ __device__ __forceinline__ uint64_t moved(uint64_t matrix, int bytes) {
 __device__ __forceinline__ void open_products() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 __device__ __forceinline__ void close_products() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
 
-#define BATON_HALF "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define BATON_WHOLE BATON_HALF ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+#define BATON_LIST_4 "%0, %1, %2, %3"
+#define BATON_LIST_8 BATON_LIST_4 ", %4, %5, %6, %7"
+#define BATON_LIST_16 BATON_LIST_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define BATON_LIST_32 BATON_LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define BATON_LIST_64 BATON_LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define BATON_LIST_96 BATON_LIST_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define BATON_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define BATON_16(d, i) BATON_4(d, i), BATON_4(d, i + 4), BATON_4(d, i + 8), BATON_4(d, i + 12)
+#define BATON_8(d, i) BATON_4(d, i), BATON_4(d, i + 4)
+#define BATON_16(d, i) BATON_8(d, i), BATON_8(d, i + 8)
 #define BATON_32(d, i) BATON_16(d, i), BATON_16(d, i + 16)
+#define BATON_64(d, i) BATON_32(d, i), BATON_32(d, i + 32)
+#define BATON_96(d, i) BATON_64(d, i), BATON_32(d, i + 64)
 
-// d [64, 128] = or += a [64, 16] b^T, both from shared memory, rows of 16 values of one atom's columns; b has 128 rows.
-// Warp w of the warpgroup has rows 16 w to 16 w + 15; lane l elements 8 j + l % 4 * 2 and the next of row l / 4 as
-// d[4 j], d[4 j + 1], and of row l / 4 + 8 as d[4 j + 2], d[4 j + 3].
-template <bool kAdd>
-__device__ __forceinline__ void multiply_rows(float (&d)[64], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" BATON_WHOLE "}, %64, %65, add, 1, 1, 0, 0;\n}\n"
-      : BATON_32(d, 0), BATON_32(d, 32)
-      : "l"(a), "l"(b), "n"(int(kAdd)));
+// kElements, and the places of the three operands after the accumulator's.
+#define BATON_ROWS(count, columns, a_at, b_at, add_at) \
+  if constexpr (kElements == count) \
+    asm volatile( \
+        "{\n.reg .pred add;\nsetp.ne.b32 add, %" add_at ", 0;\n" \
+        "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.bf16.bf16 {" BATON_LIST_##count "}, %" a_at ", %" b_at \
+        ", add, 1, 1, 0, 0;\n}\n" \
+        : BATON_##count(d, 0) \
+        : "l"(a), "l"(b), "n"(int(kAdd)))
+
+// d [64, N] = or += a [64, 16] b^T, both from shared memory, rows of 16 values of one atom's columns; b has N rows, 8, 16,
+// 32, 64, 128 or 192. Warp w of the warpgroup has rows 16 w to 16 w + 15; lane l elements 8 j + l % 4 * 2 and the next
+// of row l / 4 as d[4 j], d[4 j + 1], and of row l / 4 + 8 as d[4 j + 2], d[4 j + 3].
+template <bool kAdd, int kElements>
+__device__ __forceinline__ void multiply_rows(float (&d)[kElements], uint64_t a, uint64_t b) {
+  static_assert(kElements == 4 || kElements == 8 || kElements == 16 || kElements == 32 || kElements == 64 ||
+                kElements == 96);
+  BATON_ROWS(4, "8", "4", "5", "6");
+  BATON_ROWS(8, "16", "8", "9", "10");
+  BATON_ROWS(16, "32", "16", "17", "18");
+  BATON_ROWS(32, "64", "32", "33", "34");
+  BATON_ROWS(64, "128", "64", "65", "66");
+  BATON_ROWS(96, "192", "96", "97", "98");
 }
 
 // d [64, N] += a [64, 16] b [16, N], a from registers as four of multiply_rows' d[8 k ...] rounded, b's rows from
 // shared memory.
 __device__ __forceinline__ void multiply_columns(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" BATON_WHOLE "}, {%64, %65, %66, %67}, %68, "
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" BATON_LIST_64 "}, {%64, %65, %66, %67}, %68, "
       "1, 1, 1, 1;\n"
       : BATON_32(d, 0), BATON_32(d, 32)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
@@ -147,20 +184,32 @@ __device__ __forceinline__ void multiply_columns(float (&d)[64], const uint32_t 
 
 __device__ __forceinline__ void multiply_columns(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" BATON_HALF "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" BATON_LIST_32 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"
       : BATON_32(d, 0)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // All groups but the newest are over. d: what they made; nothing that reads it can be moved before the wait.
-template <int kNewest>
-__device__ __forceinline__ void wait_products(float (&d)[64]) {
-  asm volatile("wgmma.wait_group.sync.aligned %64;\n" : BATON_32(d, 0), BATON_32(d, 32) : "n"(kNewest) : "memory");
+#define BATON_WAIT(count) \
+  if constexpr (kElements == count) \
+    asm volatile("wgmma.wait_group.sync.aligned %" #count ";\n" : BATON_##count(d, 0) : "n"(kNewest) : "memory")
+
+template <int kNewest, int kElements>
+__device__ __forceinline__ void wait_products(float (&d)[kElements]) {
+  static_assert(kElements == 4 || kElements == 8 || kElements == 16 || kElements == 32 || kElements == 64 ||
+                kElements == 96);
+  BATON_WAIT(4);
+  BATON_WAIT(8);
+  BATON_WAIT(16);
+  BATON_WAIT(32);
+  BATON_WAIT(64);
+  BATON_WAIT(96);
 }
 
+// The same where newer groups still add to what the older ones made: what they read of shared memory is free again.
 template <int kNewest>
-__device__ __forceinline__ void wait_products(float (&d)[32]) {
-  asm volatile("wgmma.wait_group.sync.aligned %32;\n" : BATON_32(d, 0) : "n"(kNewest) : "memory");
+__device__ __forceinline__ void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kNewest) : "memory");
 }
 
 // What makes x, two numbers of which none is below zero, is done before the next wait, not after it, where the compiler
@@ -174,11 +223,20 @@ __device__ __forceinline__ void settle(const float (&x)[2]) {
       : "memory");
 }
 
-#undef BATON_HALF
-#undef BATON_WHOLE
+#undef BATON_ROWS
+#undef BATON_WAIT
+#undef BATON_LIST_4
+#undef BATON_LIST_8
+#undef BATON_LIST_16
+#undef BATON_LIST_32
+#undef BATON_LIST_64
+#undef BATON_LIST_96
 #undef BATON_4
+#undef BATON_8
 #undef BATON_16
 #undef BATON_32
+#undef BATON_64
+#undef BATON_96
 
 // 2^x, to 2 units in the last place; 0 where that is not a normal number.
 __device__ __forceinline__ float power_of_two(float x) {

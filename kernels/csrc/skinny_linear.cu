@@ -1,7 +1,7 @@
-// skinny_linear: y = x W^T for few rows of x, in the time that reading W takes. bfloat16, sums in float32.
+// skinny_linear: y = x W^T for few rows of x. bfloat16, sums in float32. On Hopper hopper_linear.cu serves instead.
 //   x [T, I], T from 1 to 64    weight [O, I]    out [T, O], or [T, O / 2] behind a gate
 // Bound by memory: O * I * 2 bytes are read once, past which x, out and what thread blocks tell each other stay in the
-// L2 cache. W is cut into tiles of 128 rows and those into chunks of 128 columns, or 256 by 64 (32 KB), laid in a row:
+// L2 cache. W is cut into tiles of 128 rows and those into chunks of 128 columns (32 KB), laid in a row:
 //     tile 0: chunk 0 1 2 ... | tile 1: chunk 0 1 2 ... | ...
 // There is one thread block for each multiprocessor, and each takes an equal run of that row (Stream-K, Osama et al.,
 // PPoPP 2023), so all end together whatever the shape is. Where a run begins or ends inside a tile, its sums go to a
@@ -25,64 +25,42 @@ using baton::multiply;
 using baton::transposed;
 using baton::wait_copies;
 
-constexpr int kStep = 32;  // columns of two products
+constexpr int kWarps = 4, kThreads = kWarps * 32;
+constexpr int kRows = 128;              // of W in a tile
+constexpr int kChunk = 128;             // columns
+constexpr int kRowBytes = kChunk * 2;   // of a row of W or x in a stage
+constexpr int kStep = 32;               // columns of two products
 constexpr int kMaxTokens = 64;
-constexpr unsigned kAll = 0xffffffffu;
 
 struct Problem {
   const __nv_bfloat16* x;
   const unsigned char* weight;
   const __nv_bfloat16* bias;  // [O], or null
-  const __nv_bfloat16* norm;  // [I], or null
   __nv_bfloat16* out;
-  float* partial;             // [blocks][2][kRows * tokens of whole tiles + those tokens]
+  float* partial;             // [blocks][2][kRows * tokens of whole tiles]
   int32_t* arrived;           // [tiles], zeros between launches
   int64_t x_stride, out_stride;  // elements between two tokens
   int tokens, outputs, inputs;   // outputs: columns of `out`
   bool gate, add;
-  float eps;
 };
 
 // 16 bytes of a row of bfloat16 in shared memory: halves of 128 bytes are swapped in every other row, so that 8 lanes
 // that read 64 bytes of two rows meet no bank twice.
-template <int kChunk>
 __device__ __forceinline__ int place(int row, int vec) {
   return row * kChunk * 2 + (vec ^ (row % 2 * 4)) * 16;
 }
 
-// How weights are stored: what a row of a chunk takes, where its bytes lie, and how they become matrices.
-template <int kChunk>
-struct Bfloat16Weights {
-  static constexpr int kRowBytes = kChunk * 2;
-  __device__ __forceinline__ static int at(int row, int vec) { return place<kChunk>(row, vec); }
-  // Of rows `row` and `row` + 2, this lane's 8 columns of a step, for two products.
-  __device__ __forceinline__ static void load(uint32_t (&a)[2][4], const unsigned char* tile, int row, int step,
-                                              int quarter) {
-    const uint4 low = *reinterpret_cast<const uint4*>(tile + at(row, step * 4 + quarter));
-    const uint4 high = *reinterpret_cast<const uint4*>(tile + at(row + 2, step * 4 + quarter));
-    a[0][0] = low.x, a[0][1] = high.x, a[0][2] = low.y, a[0][3] = high.y;
-    a[1][0] = low.z, a[1][1] = high.z, a[1][2] = low.w, a[1][3] = high.w;
-  }
-};
-
-template <template <int> typename Format, int kWarps_, int kTiles_, bool kNorm_>
+template <int kTiles_>
 struct Layout {
-  static constexpr int kWarps = kWarps_, kTiles = kTiles_;  // tiles of 8 tokens
-  static constexpr bool kNorm = kNorm_;
-  static constexpr int kThreads = kWarps * 32;
-  static constexpr int kRows = kWarps * 32;   // of W in a tile
-  static constexpr int kChunk = 512 / kWarps; // columns
-  using Weights = Format<kChunk>;
+  static constexpr int kTiles = kTiles_;      // of 8 tokens
   static constexpr int kTokens = kTiles * 8;
-  static constexpr int kXRow = kChunk * 2;    // bytes of a token in a stage
-  static constexpr int kX = kRows * Weights::kRowBytes;  // where x begins in a stage, and after it the norm's weights
-  static constexpr int kNormAt = kX + kTokens * kXRow;
-  static constexpr int kStage = kNormAt + (kNorm ? kXRow : 0);
-  static constexpr int kRest = kMaxTokens * 4 + 16;      // sums of squares, and who has arrived
-  static constexpr int kRoom = baton::kSharedBytes - kRest;
-  static constexpr int kStages = kRoom / kStage < 8 ? kRoom / kStage : 8;
+  static constexpr int kX = kRows * kRowBytes;  // where x begins in a stage
+  static constexpr int kStage = kX + kTokens * kRowBytes;
+  static constexpr int kRest = 16;            // who has arrived
+  static constexpr int kRoom = (baton::kSharedBytes - kRest) / kStage;
+  static constexpr int kStages = kRoom < 8 ? kRoom : 8;
   static constexpr int kBytes = kStages * kStage + kRest;
-  static constexpr int kPartial = kRows * kTokens + kTokens;  // floats
+  static constexpr int kPartial = kRows * kTokens;  // floats
   static_assert(kStages >= 2);
 };
 
@@ -98,22 +76,22 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return reinterpret_cast<const uint32_t&>(both);
 }
 
-__device__ __forceinline__ uint32_t product(uint32_t a, uint32_t b) {
-  const __nv_bfloat162 both =
-      __hmul2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
-  return reinterpret_cast<const uint32_t&>(both);
+// Of rows `row` and `row` + 2, this lane's 8 columns of a step, for two products.
+__device__ __forceinline__ void load_rows(uint32_t (&a)[2][4], const unsigned char* tile, int row, int step,
+                                          int quarter) {
+  const uint4 low = *reinterpret_cast<const uint4*>(tile + place(row, step * 4 + quarter));
+  const uint4 high = *reinterpret_cast<const uint4*>(tile + place(row + 2, step * 4 + quarter));
+  a[0][0] = low.x, a[0][1] = high.x, a[0][2] = low.y, a[0][3] = high.y;
+  a[1][0] = low.z, a[1][1] = high.z, a[1][2] = low.w, a[1][3] = high.w;
 }
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 
 template <typename X>
-__global__ void __launch_bounds__(X::kThreads, 1) skinny(const Problem p) {
-  using Weights = typename X::Weights;
-  constexpr int kWarps = X::kWarps, kThreads = X::kThreads, kRows = X::kRows, kChunk = X::kChunk, kTiles = X::kTiles;
-  constexpr bool kNorm = X::kNorm;
+__global__ void __launch_bounds__(kThreads, 1) skinny(const Problem p) {
+  constexpr int kTiles = X::kTiles;
   extern __shared__ __align__(16) unsigned char shared[];
-  float* squares = reinterpret_cast<float*>(shared + X::kStages * X::kStage);  // of each token, summed
-  int32_t* arrived = reinterpret_cast<int32_t*>(squares + kMaxTokens);
+  int32_t* arrived = reinterpret_cast<int32_t*>(shared + X::kStages * X::kStage);
   const uint32_t ring = uint32_t(__cvta_generic_to_shared(shared));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int eighth = lane / 4, quarter = lane % 4;  // a lane's place in a matrix: row or token, and columns
@@ -126,22 +104,22 @@ __global__ void __launch_bounds__(X::kThreads, 1) skinny(const Problem p) {
 
   // The copies of a thread: one vector of every kPass-th row. Behind a gate, half a tile is rows of the gate, and half the
   // rows of W that they meet, p.outputs further down.
-  constexpr int kVecs = Weights::kRowBytes / 16, kPass = kThreads / kVecs, kPasses = kRows / kPass;
-  const int64_t row_bytes = int64_t(p.inputs) * Weights::kRowBytes / kChunk;
+  constexpr int kVecs = kRowBytes / 16, kPass = kThreads / kVecs, kPasses = kRows / kPass;
+  const int64_t row_bytes = int64_t(p.inputs) * 2;
   const int64_t weight_step = kPass * row_bytes, lift = p.gate ? (p.outputs - kRows / 2) * row_bytes : 0;
   const auto fetch = [&](const Cursor& c, int stage) {
     const uint32_t to = ring + stage * X::kStage;
     const int column = c.chunk * kChunk;
     {
       const int row = threadIdx.x / kVecs, vec = threadIdx.x % kVecs;
-      const bool there = column + vec * (kChunk / kVecs) < p.inputs;
+      const bool there = column + vec * 8 < p.inputs;
       const int first = c.tile * tile_outputs + row;
-      const unsigned char* from = p.weight + first * row_bytes + int64_t(c.chunk) * Weights::kRowBytes + vec * 16;
+      const unsigned char* from = p.weight + first * row_bytes + int64_t(c.chunk) * kRowBytes + vec * 16;
       int left = p.outputs - first;  // what lies in other rows of a matrix concerns no row: it stays as it was
 #pragma unroll
       for (int pass = 0; pass < kPasses; pass++) {
         if (pass == kPasses / 2) from += lift, left += p.gate ? kRows / 2 : 0;
-        if (pass * kPass < left) copy_16(to + Weights::at(row + pass * kPass, vec), from, there);
+        if (pass * kPass < left) copy_16(to + place(row + pass * kPass, vec), from, there);
         from += weight_step;
       }
     }
@@ -151,10 +129,9 @@ __global__ void __launch_bounds__(X::kThreads, 1) skinny(const Problem p) {
     const __nv_bfloat16* from = p.x + row * p.x_stride + column + vec * 8;
 #pragma unroll
     for (int pass = 0; pass * kXPass < X::kTokens; pass++) {
-      if (pass * kXPass + row < p.tokens) copy_16(to + X::kX + place<kChunk>(row + pass * kXPass, vec), from, there);
+      if (pass * kXPass + row < p.tokens) copy_16(to + X::kX + place(row + pass * kXPass, vec), from, there);
       from += kXPass * p.x_stride;
     }
-    if (kNorm && row == 0) copy_16(to + X::kNormAt + vec * 16, p.norm + column + vec * 8, there);
     commit_copies();
   };
   const auto advance = [&](Cursor& c) {
@@ -178,14 +155,12 @@ __global__ void __launch_bounds__(X::kThreads, 1) skinny(const Problem p) {
   const int apart = p.gate ? kRows / 2 : 4;
   const int mine = p.gate ? warp * 16 + eighth / 2 * 4 + eighth % 2 : warp * 32 + eighth / 2 * 8 + eighth % 2;
   float sum[2][kTiles][4] = {};           // rows of matrix j, tokens 8 n + quarter * 2 and the next
-  float square[baton::ceil_div(kTiles, kWarps)] = {};  // a warp sees to every kWarps-th tile of tokens
 
   // From sums to `out`, of all columns.
   const auto finish = [&](int tile) {
     const int per_lane = p.gate ? 4 : 8;  // outputs of one token
     const int first = tile * tile_outputs + warp * 4 * per_lane;
     const bool is_there = first + quarter * per_lane < p.outputs;
-    const float share = 1.f / p.inputs;
     float bias[2][2] = {};
     if (p.bias != nullptr) {
 #pragma unroll
@@ -202,15 +177,10 @@ __global__ void __launch_bounds__(X::kThreads, 1) skinny(const Problem p) {
       __nv_bfloat16* to = p.out + token * p.out_stride + first + quarter * per_lane;
       uint4 there{};
       if (p.add && is_there && token < p.tokens) there = *reinterpret_cast<const uint4*>(to);
-      float scale[2] = {1.f, 1.f};
-      if constexpr (kNorm) {
-#pragma unroll
-        for (int e = 0; e < 2; e++) scale[e] = rsqrtf(squares[n * 8 + quarter * 2 + e] * share + p.eps);
-      }
 #pragma unroll
       for (int j = 0; j < 2; j++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) sum[j][n][i] = sum[j][n][i] * scale[i % 2] + bias[j][i / 2];
+        for (int i = 0; i < 4; i++) sum[j][n][i] += bias[j][i / 2];
       if (p.gate) {
 #pragma unroll
         for (int i = 0; i < 4; i++) sum[0][n][i] = silu(sum[0][n][i]) * sum[1][n][i];
@@ -234,18 +204,6 @@ __global__ void __launch_bounds__(X::kThreads, 1) skinny(const Problem p) {
   const auto end_tile = [&](int tile) {
     const int owner = int(((int64_t(tile) * chunks + 1) * blocks - 1) / items);  // thread block with the first chunk
     const int last = int((int64_t(tile + 1) * chunks * blocks - 1) / items);
-    if constexpr (kNorm) {
-#pragma unroll
-      for (int n = 0; n < kTiles; n++) {
-        if (n % kWarps != warp) continue;
-        float all = square[n / kWarps];
-        all += __shfl_xor_sync(kAll, all, 1);
-        all += __shfl_xor_sync(kAll, all, 2);
-        if (quarter == 0) squares[n * 8 + eighth] = all;
-        square[n / kWarps] = 0.f;
-      }
-      __syncthreads();
-    }
     if (owner != last) {
       const int block = blockIdx.x;
       float* part = p.partial + (int64_t(block) * 2 + (block == owner)) * X::kPartial;
@@ -254,7 +212,6 @@ __global__ void __launch_bounds__(X::kThreads, 1) skinny(const Problem p) {
         const float(&from)[4] = sum[i / kTiles][i % kTiles];
         __stcg(reinterpret_cast<float4*>(part) + i * kThreads + threadIdx.x, float4{from[0], from[1], from[2], from[3]});
       }
-      if (kNorm && threadIdx.x < X::kTokens) __stcg(part + kRows * X::kTokens + threadIdx.x, squares[threadIdx.x]);
       __syncthreads();
       if (threadIdx.x == 0) {
         __threadfence();  // for all threads, which the barriers around it order
@@ -271,10 +228,8 @@ __global__ void __launch_bounds__(X::kThreads, 1) skinny(const Problem p) {
       for (int i = 0; i < 2 * kTiles; i++)
 #pragma unroll
         for (int e = 0; e < 4; e++) sum[i / kTiles][i % kTiles][e] = 0.f;
-      float all = 0.f;
       for (int from = owner; from <= last; from += kAtOnce) {
         float4 parts[kAtOnce][2 * kTiles];
-        float others[kAtOnce] = {};
 #pragma unroll
         for (int u = 0; u < kAtOnce; u++) {
           const int b = from + u;
@@ -282,7 +237,6 @@ __global__ void __launch_bounds__(X::kThreads, 1) skinny(const Problem p) {
 #pragma unroll
           for (int i = 0; i < 2 * kTiles; i++)
             parts[u][i] = b > last ? float4{} : __ldcg(reinterpret_cast<const float4*>(other) + i * kThreads + threadIdx.x);
-          if (kNorm && threadIdx.x < X::kTokens && b <= last) others[u] = __ldcg(other + kRows * X::kTokens + threadIdx.x);
         }
 #pragma unroll
         for (int u = 0; u < kAtOnce; u++) {
@@ -291,12 +245,7 @@ __global__ void __launch_bounds__(X::kThreads, 1) skinny(const Problem p) {
             float(&to)[4] = sum[i / kTiles][i % kTiles];
             to[0] += parts[u][i].x, to[1] += parts[u][i].y, to[2] += parts[u][i].z, to[3] += parts[u][i].w;
           }
-          all += others[u];
         }
-      }
-      if constexpr (kNorm) {
-        if (threadIdx.x < X::kTokens) squares[threadIdx.x] = all;
-        __syncthreads();
       }
     }
     finish(tile);
@@ -317,24 +266,10 @@ __global__ void __launch_bounds__(X::kThreads, 1) skinny(const Problem p) {
     for (int step = 0; step < kChunk / kStep; step++) {
       uint32_t w[2][2][4];
 #pragma unroll
-      for (int j = 0; j < 2; j++) Weights::load(w[j], tile, mine + j * apart, step, quarter);
-      uint4 by{};
-      if constexpr (kNorm) by = *reinterpret_cast<const uint4*>(tile + X::kNormAt + (step * 4 + quarter) * 16);
+      for (int j = 0; j < 2; j++) load_rows(w[j], tile, mine + j * apart, step, quarter);
 #pragma unroll
       for (int n = 0; n < kTiles; n++) {
-        uint4 x = *reinterpret_cast<const uint4*>(tile + X::kX + place<kChunk>(n * 8 + eighth, step * 4 + quarter));
-        if constexpr (kNorm) {
-          if (n % kWarps == warp) {
-            const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-              const float low = low_half(pairs[i]), high = high_half(pairs[i]);
-              square[n / kWarps] += low * low;
-              square[n / kWarps] += high * high;
-            }
-          }
-          x = {product(x.x, by.x), product(x.y, by.y), product(x.z, by.z), product(x.w, by.w)};
-        }
+        const uint4 x = *reinterpret_cast<const uint4*>(tile + X::kX + place(n * 8 + eighth, step * 4 + quarter));
 #pragma unroll
         for (int j = 0; j < 2; j++) {
           multiply(sum[j][n], w[j][0], x.x, x.y);
@@ -354,42 +289,27 @@ __global__ void __launch_bounds__(X::kThreads, 1) skinny(const Problem p) {
   }
 }
 
-template <template <int> typename Format, int kWarps, int kTiles, bool kNorm>
+template <int kTiles>
 int launch(const Problem& p, int blocks, cudaStream_t stream) {
-  using X = Layout<Format, kWarps, kTiles, kNorm>;
+  using X = Layout<kTiles>;
   const cudaError_t allowed =  // of the device that is current, so each time
       cudaFuncSetAttribute(skinny<X>, cudaFuncAttributeMaxDynamicSharedMemorySize, X::kBytes);
   if (allowed != cudaSuccess) return allowed;
-  const int tiles = baton::ceil_div(p.outputs, p.gate ? X::kRows / 2 : X::kRows);
-  const int64_t items = int64_t(tiles) * baton::ceil_div(p.inputs, X::kChunk);
-  skinny<X><<<int(items < blocks ? items : blocks), X::kThreads, X::kBytes, stream>>>(p);
+  const int tiles = baton::ceil_div(p.outputs, p.gate ? kRows / 2 : kRows);
+  const int64_t items = int64_t(tiles) * baton::ceil_div(p.inputs, kChunk);
+  skinny<X><<<int(items < blocks ? items : blocks), kThreads, X::kBytes, stream>>>(p);
   return cudaGetLastError();
-}
-
-template <template <int> typename Format, int kWarps, bool kNorm>
-int launch(const Problem& p, int blocks, cudaStream_t stream) {
-  if (p.tokens <= 8) return launch<Format, kWarps, 1, kNorm>(p, blocks, stream);
-  if (p.tokens <= 16) return launch<Format, kWarps, 2, kNorm>(p, blocks, stream);
-  if (p.tokens <= 32) return launch<Format, kWarps, 4, kNorm>(p, blocks, stream);
-  return launch<Format, kWarps, 8, kNorm>(p, blocks, stream);
-}
-
-template <template <int> typename Format, int kWarps>
-int launch(const Problem& p, int blocks, cudaStream_t stream) {
-  return p.norm == nullptr ? launch<Format, kWarps, false>(p, blocks, stream)
-                           : launch<Format, kWarps, true>(p, blocks, stream);
 }
 
 }  // namespace
 
 // inputs is a multiple of 64, outputs of 8, rows of x and out lie multiples of 8 apart; all pointers are multiples of 16.
 // outputs counts the columns of `out`: behind a gate, weight and bias have twice as many rows, the gate's first. add: y is
-// added to what `out` holds. tile: its rows, 128 or 256. partial has room for blocks * 2 * (tile + 1) * 64 floats, arrived
-// for a zero for each tile, which behind a gate has half as many outputs as rows.
-BATON_EXPORT int skinny_linear(const void* x, const void* weight, const void* bias, const void* norm, void* out,
-                               float* partial, int32_t* arrived, int64_t x_stride, int64_t out_stride, int tokens,
-                               int outputs, int inputs, int gate, int add, int tile, int blocks, float eps,
-                               cudaStream_t stream) {
+// added to what `out` holds. partial has room for blocks * 2 * 128 * 64 floats, arrived for a zero for each 128 rows of
+// the weight.
+BATON_EXPORT int skinny_linear(const void* x, const void* weight, const void* bias, void* out, float* partial,
+                               int32_t* arrived, int64_t x_stride, int64_t out_stride, int tokens, int outputs,
+                               int inputs, int gate, int add, int blocks, cudaStream_t stream) {
   if (tokens == 0 || outputs == 0) return cudaSuccess;
   if (tokens < 0 || tokens > kMaxTokens || outputs < 0 || outputs % 8 != 0 || inputs <= 0 || inputs % 64 != 0 ||
       x_stride % 8 != 0 || out_stride % 8 != 0 || blocks <= 0 || (gate && add))
@@ -397,7 +317,6 @@ BATON_EXPORT int skinny_linear(const void* x, const void* weight, const void* bi
   const Problem p{static_cast<const __nv_bfloat16*>(x),
                   static_cast<const unsigned char*>(weight),
                   static_cast<const __nv_bfloat16*>(bias),
-                  static_cast<const __nv_bfloat16*>(norm),
                   static_cast<__nv_bfloat16*>(out),
                   partial,
                   arrived,
@@ -407,9 +326,9 @@ BATON_EXPORT int skinny_linear(const void* x, const void* weight, const void* bi
                   outputs,
                   inputs,
                   gate != 0,
-                  add != 0,
-                  eps};
-  if (tile == 128) return launch<Bfloat16Weights, 4>(p, blocks, stream);
-  if (tile == 256) return launch<Bfloat16Weights, 8>(p, blocks, stream);
-  return cudaErrorInvalidValue;
+                  add != 0};
+  if (tokens <= 8) return launch<1>(p, blocks, stream);
+  if (tokens <= 16) return launch<2>(p, blocks, stream);
+  if (tokens <= 32) return launch<4>(p, blocks, stream);
+  return launch<8>(p, blocks, stream);
 }

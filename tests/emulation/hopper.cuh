@@ -99,8 +99,14 @@ inline void copy_map_box(uint32_t to, const CUtensorMap* from, uint32_t barrier,
   }});
 }
 
+inline void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x0, int x1) {
+  copy_map_box(to, map, barrier, {x0, x1});
+}
 inline void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x0, int x1, int x2) {
   copy_map_box(to, map, barrier, {x0, x1, x2});
+}
+inline void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x0, int x1, int x2, int x3) {
+  copy_map_box(to, map, barrier, {x0, x1, x2, x3});
 }
 inline void copy_box(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x0, int x1, int x2, int x3, int x4) {
   copy_map_box(to, map, barrier, {x0, x1, x2, x3, x4});
@@ -165,7 +171,7 @@ inline void close_products() {
 // Until it is waited for, the accumulator shows NaNs.
 inline void promise(emulation::Product product) {
   auto& thread = *emulation::current;
-  for (int i = 0; thread.lane == 0 && product.a == nullptr && i < 16; i++) Matrix(product.b).check(i, 0);
+  for (int i = 0; thread.lane == 0 && product.a == nullptr && i < product.columns / 8; i++) Matrix(product.b).check(i, 0);
   for (int i = 0; thread.lane == 0 && product.a == nullptr && i < 8; i++) Matrix(product.a_matrix).check(i, 0);
   for (int i = 0; thread.lane == 0 && product.a != nullptr && i < product.columns / 32; i++)
     Matrix(product.b).check(i % 2, i / 2);
@@ -179,9 +185,9 @@ inline void promise(emulation::Product product) {
   thread.products.push_back(std::move(product));
 }
 
-template <bool kAdd>
-void multiply_rows(float (&d)[64], uint64_t a, uint64_t b) {
-  promise({d, nullptr, a, b, 128, kAdd, {}});
+template <bool kAdd, int kElements>
+void multiply_rows(float (&d)[kElements], uint64_t a, uint64_t b) {
+  promise({d, nullptr, a, b, kElements * 2, kAdd, {}});
 }
 template <int kElements>
 void multiply_columns(float (&d)[kElements], const uint32_t (&a)[4], uint64_t b) {
@@ -193,7 +199,7 @@ __attribute__((optimize("O3"))) inline void multiply_warp(emulation::Product* co
   const emulation::Product& one = *lanes[0];
   const Matrix b(one.b);
   const bool rows_of_b = one.a == nullptr;  // else its columns
-  static float left[16][16], right[16][128], sums[16][128];
+  static float left[16][16], right[16][256], sums[16][256];
   for (int lane = 0; lane < 32; lane++) {
     const emulation::Product& own = *lanes[lane];
     if (own.b != one.b || own.a_matrix != one.a_matrix || own.columns != one.columns || own.add != one.add ||
@@ -219,8 +225,8 @@ __attribute__((optimize("O3"))) inline void multiply_warp(emulation::Product* co
       lanes[lane]->d[i] = sums[lane / 4 + i / 2 % 2 * 8][i / 4 * 8 + lane % 4 * 2 + i % 2];
 }
 
-template <int kNewest, typename D>
-void wait_products(D&) {
+template <int kNewest>
+void wait_products() {
   auto& thread = *emulation::current;
   if (thread.products.size() > 0) emulation::fail("a wait for products whose group was not closed");
   while (thread.product_groups.size() > kNewest) {
@@ -237,6 +243,9 @@ void wait_products(D&) {
     thread.product_groups.erase(thread.product_groups.begin());
   }
 }
+
+template <int kNewest, typename D>
+void wait_products(D&) { wait_products<kNewest>(); }
 
 inline void settle(const float (&)[2]) { __syncwarp(); }
 

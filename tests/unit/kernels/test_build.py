@@ -50,10 +50,11 @@ def test_every_source_compiles_for(arch: str, tmp_path: Path) -> None:
 
 
 @needs_nvcc
-def test_the_assembler_keeps_hopper_s_products_asynchronous(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["prefill_attention.cu", "hopper_linear.cu"])
+def test_the_assembler_keeps_hopper_s_products_asynchronous(name: str, tmp_path: Path) -> None:
     """It makes them wait for each other, and says so, where it can't follow which registers they use, or lacks some."""
     assert NVCC is not None
-    source, flags = build.SOURCES / "prefill_attention.cu", ("-O3", "-std=c++17", "-cubin", "-Xptxas=-v")
+    source, flags = build.SOURCES / name, ("-O3", "-std=c++17", "-cubin", "-Xptxas=-v")
     command = [NVCC, *flags, "-gencode=arch=compute_90a,code=sm_90a", "-o", str(tmp_path / "cubin"), str(source)]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stderr
     assert "setmaxnreg" not in said, said  # it says so where it ignores one

@@ -17,6 +17,9 @@ from ...gpu import (
     test_skinny_linear,
     test_write_kv,
 )
+from ...gpu.test_skinny_linear import kernel
+
+__all__ = ["kernel"]  # a fixture
 
 # Cases that are too large, or of the GPU alone.
 NOT_HERE = {
