@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels.paged_attention import DecodePlan, Workspace, plan_decode
 from ..kernels.prefill_attention import PrefillPlan, plan_prefill
+from ..kernels.skinny_linear import SkinnyWorkspace, skinny_workspace
 from ..kernels.split_attention import SplitPlan
 from ..kernels.write_kv import plan_write
 from .staging import Array, Staging
@@ -51,6 +52,7 @@ class Batch:
     decode: DecodeRows | None
     prefill: PrefillRows | None
     wanted: Tensor | None  # [S'] i64: tokens whose logits are wanted; None: all
+    products: SkinnyWorkspace | None  # of the kernel that multiplies with weights; None where it does not serve
 
 
 class DeviceTables:
@@ -61,6 +63,7 @@ class DeviceTables:
         self._pool = pool
         self._windows = windows
         self._workspace = Workspace()
+        self._products = skinny_workspace(pool.device)  # of captured steps too: steps follow each other
         self.staging = Staging(pool.device)
         self.nobody = max_rows  # the row of what only fills a step up
         self._tables = torch.zeros(max_rows + 1, max_blocks, dtype=torch.int32, device=pool.device)  # [R + 1, W]
@@ -102,6 +105,7 @@ class DeviceTables:
             else None,
             prefill=self._prefill(chunk_rows, step),
             wanted=next(sent, None),
+            products=self._products,
         )
 
     def decode_batch(
@@ -128,6 +132,7 @@ class DeviceTables:
             decode=self._decode(rows, context_lens, num_blocks, workspace or self._workspace),
             prefill=None,
             wanted=None,
+            products=self._products,
         )
 
     def change(self, step: StepInput, sent: Iterator[Tensor]) -> None:

@@ -28,7 +28,7 @@ def linear(
     workspace: lets few rows on a GPU go to `skinny_linear`. invariant: any number of rows do, where it fits them, so
     that a row's result does not depend on how many there are.
     """
-    if _is_skinny(x, weight, workspace, invariant, bias):
+    if is_skinny(x, weight, workspace, invariant, bias):
         assert workspace is not None
         return skinny_linear(x, weight, workspace, bias)
     if weight.is_mkldnn:
@@ -47,7 +47,7 @@ def add_linear(
     invariant: bool = False,
 ) -> Tensor:
     """stream += x W^T + b, in place.    stream [T, O] -> itself; the rest as `linear` has it."""
-    if _is_skinny(x, weight, workspace, invariant, bias, stream):
+    if is_skinny(x, weight, workspace, invariant, bias, stream):
         assert workspace is not None
         return skinny_linear(x, weight, workspace, bias, add=True, out=stream)
     return stream.add_(linear(x, weight, bias))
@@ -65,15 +65,16 @@ def gated_linear(
 
     x [T, I], weight [2F, I], the gate's rows first, bias [2F] -> [T, F]; the rest as `linear` has it.
     """
-    if weight.shape[0] % 16 == 0 and _is_skinny(x, weight, workspace, invariant, bias):
+    if weight.shape[0] % 16 == 0 and is_skinny(x, weight, workspace, invariant, bias):
         assert workspace is not None
         return skinny_linear(x, weight, workspace, bias, gate=True)
     return silu_gate(linear(x, weight, bias))
 
 
-def _is_skinny(
+def is_skinny(
     x: Tensor, weight: Tensor, workspace: SkinnyWorkspace | None, invariant: bool, *others: Tensor | None
 ) -> bool:
+    """Whether these go to `skinny_linear`, where what follows a product costs nothing: else it is an operation more."""
     if workspace is None or cuda_library(x.device) is None or not fits_skinny(x, weight, *others):
         return False
     return invariant or x.shape[0] <= most_skinny_rows(*weight.shape)

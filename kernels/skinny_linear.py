@@ -28,6 +28,11 @@ class SkinnyWorkspace:
         self.arrived = torch.zeros(_ARRIVALS, dtype=torch.int32, device=device)  # each launch leaves it so
 
 
+def skinny_workspace(device: torch.device) -> SkinnyWorkspace | None:
+    """None where there are no CUDA kernels."""
+    return None if cuda_library(device) is None else SkinnyWorkspace(device)
+
+
 def fits_skinny(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     """Whether `skinny_linear` takes these: 2-D, bfloat16, I a multiple of 64, O of 8, rows of whole 16-byte vectors."""
     tensors = [x, weight, *(other for other in others if other is not None)]

@@ -4,14 +4,22 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...kernels.activation import silu_gate
 from ...kernels.experts import mix_experts, route
-from ...kernels.linear import linear, pack_weight
+from ...kernels.linear import add_linear, gated_linear, is_skinny, linear, pack_weight
 from ...kernels.norm import add_rms_norm, rms_norm
 from ...kernels.rotary_write import HeadNorms, Rotation, rotary_write
 from ..attention import attend
 from ..batch import Batch
 from ..parallel.communicator import Communicator
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What every layer of one forward pass needs beside its input."""
+
+    batch: Batch
+    pool: Tensor  # [N, L, 2, G, P, D], G: this rank's KV heads
+    rotation: Rotation
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +34,8 @@ class Linear:
         """From a weight as the checkpoint has it."""
         return cls(pack_weight(weight), bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        return linear(x, self.weight, self.bias, workspace=step.batch.products)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +45,13 @@ class SummedLinear:
     part: Linear
     communicator: Communicator
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.communicator.all_reduce(self.part(x))
+    def __call__(self, x: Tensor, stream: Tensor, step: Step) -> Tensor | None:
+        """Adds the product to the stream where the kernel that makes it does, in the same pass; else returns it."""
+        weight, bias, workspace = self.part.weight, self.part.bias, step.batch.products
+        if self.communicator.size == 1 and is_skinny(x, weight, workspace, False, bias, stream):
+            add_linear(stream, x, weight, bias, workspace=workspace)
+            return None
+        return self.communicator.all_reduce(self.part(x, step))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +88,9 @@ class Head:
     vocab_size: int  # the parts together may be longer: they are equal
     communicator: Communicator
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
         """[S, hidden] -> [S, vocab]; on other ranks than 0 an empty tensor."""
-        return self.communicator.gather_last(self.part(x))[:, : self.vocab_size]
+        return self.communicator.gather_last(self.part(x, step))[:, : self.vocab_size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +108,6 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """What every layer of one forward pass needs beside its input."""
-
-    batch: Batch
-    pool: Tensor  # [N, L, 2, G, P, D], G: this rank's KV heads
-    rotation: Rotation
-
-
-@dataclass(frozen=True, slots=True)
 class Attention:
     """Grouped-query attention with rotary positions over paged KV. The heads are those of this rank."""
 
@@ -114,13 +118,13 @@ class Attention:
     output: SummedLinear
     head_norms: HeadNorms | None = None  # of q and k, before the rotation
 
-    def __call__(self, x: Tensor, step: Step) -> Tensor:
-        """x [T, hidden] -> [T, hidden]. Writes the tokens' K and V."""
+    def __call__(self, x: Tensor, stream: Tensor, step: Step) -> Tensor | None:
+        """x, stream [T, hidden] -> what the stream still lacks, [T, hidden]. Writes the tokens' K and V."""
         batch, pool = step.batch, step.pool
-        qkv = self.qkv(x).view(x.shape[0], -1, self.head_size)
+        qkv = self.qkv(x, step).view(x.shape[0], -1, self.head_size)
         q = rotary_write(qkv, step.rotation, pool, self.layer, batch.slots, self.head_norms, batch.write_plan)
         attended = attend(q, pool, self.layer, self.head_size**-0.5, self.window, batch)
-        return self.output(attended.view(x.shape[0], -1))
+        return self.output(attended.view(x.shape[0], -1), stream, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +134,9 @@ class Mlp:
     gate_up: Linear  # gate's rows, then up's
     down: SummedLinear
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(silu_gate(self.gate_up(x)))
+    def __call__(self, x: Tensor, stream: Tensor, step: Step) -> Tensor | None:
+        inner = gated_linear(x, self.gate_up.weight, self.gate_up.bias, workspace=step.batch.products)
+        return self.down(inner, stream, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,21 +150,21 @@ class Experts:
     normalise: bool  # the shares of those picked sum to one
     communicator: Communicator
 
-    def __call__(self, x: Tensor) -> Tensor:
-        shares, chosen = route(self.router(x), self.top_k, self.normalise)
+    def __call__(self, x: Tensor, stream: Tensor, step: Step) -> Tensor:
+        shares, chosen = route(self.router(x, step), self.top_k, self.normalise)
         return self.communicator.all_reduce(mix_experts(x, self.gate_up, self.down, shares, chosen))
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """Attention and feed-forward, each on the normalised stream. What they give is added to it by the next norm."""
+    """Attention and feed-forward, each on the normalised stream. What they give and do not add, the next norm adds."""
 
     input_norm: Norm
     attention: Attention
     post_attention_norm: Norm
     mlp: Mlp | Experts
 
-    def __call__(self, stream: Tensor, delta: Tensor | None, step: Step) -> Tensor:
+    def __call__(self, stream: Tensor, delta: Tensor | None, step: Step) -> Tensor | None:
         """stream [T, hidden], changed in place; delta: what it still lacks. -> what it lacks after this layer."""
-        delta = self.attention(self.input_norm(stream, delta), step)
-        return self.mlp(self.post_attention_norm(stream, delta))
+        delta = self.attention(self.input_norm(stream, delta), stream, step)
+        return self.mlp(self.post_attention_norm(stream, delta), stream, step)

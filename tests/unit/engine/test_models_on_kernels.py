@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from baton.engine.engine import Engine
+from baton.engine.models import layers
 from baton.engine.models.weights import Weights
 from baton.engine.sequence import Sequence
+from baton.engine.step_input import StepInput
 
 from ...batch_runs import greedy, run
 from ...emulation import library as emulation
@@ -59,3 +61,34 @@ def test_greedy_answers_are_those_of_the_torch_paths(
     assert [seq.tokens for seq in answers(path)] == expected
     layer = {"add_rms_norm", "rotary_write", "silu_gate", "paged_decode_attention"}
     assert library.asked == {*layer, "choose_tokens"}
+
+
+def first_logits(path: Path) -> torch.Tensor:
+    """Of the step that reads all prompts."""
+    engine = Engine.build(path, torch.bfloat16, torch.device("cpu"), kv_bytes=4 << 20, max_model_len=128)
+    forward, logits = engine.executor.forward, []
+
+    def recorded(step: StepInput) -> torch.Tensor:
+        logits.append(forward(step))
+        return logits[-1]
+
+    engine.executor.forward = recorded  # type: ignore[method-assign]
+    run(engine, [greedy(index, prompt, 2) for index, prompt in enumerate(PROMPTS)])
+    return logits[0].double()
+
+
+@pytest.mark.parametrize(("family", "changes"), [("Llama", {"attention_bias": True}), ("Mixtral", {})], ids=str)
+def test_products_in_bfloat16_add_to_the_stream_and_meet_in_the_gate(
+    family: str, changes: dict[str, Any], checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint(family, head_dim=64, intermediate_size=128, vocab_size=208, **changes)
+    monkeypatch.setattr(layers, "pack_weight", lambda weight: weight)  # as on a GPU
+    expected = first_logits(path)
+    from_file = Weights._from_file
+    monkeypatch.setattr(Weights, "_from_file", lambda *arguments: from_file(*arguments).clone())
+    library = Watched(emulation.compile_for_cpu())
+    emulation.use(library, monkeypatch)  # type: ignore[arg-type]
+    found = first_logits(path)
+    assert ((found - expected).norm() / expected.norm()).item() < 3e-2  # roundings of bfloat16, other ones
+    assert "hopper_linear" in library.asked
+    assert ("silu_gate" in library.asked) == (family == "Mixtral")  # its experts are torch's products
