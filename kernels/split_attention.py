@@ -15,6 +15,7 @@ MAX_TOKENS = 8  # of one sequence in a step
 _COLUMNS = 8  # queries of one block of the tensor cores
 _BLOCKS = {64: 4, 80: 4, 96: 2, 128: 2, 256: 1}  # head size -> how many of them a thread block serves at most
 _RUNS = 10  # of keys, for each thread block at most
+_BEGIN = 4  # numbers that say where a run begins
 
 
 class SplitWorkspace:
@@ -41,13 +42,14 @@ class SplitWorkspace:
 class SplitPlan:
     """Where each run of keys begins, for all layers of one step."""
 
-    runs: dict[int | None, Tensor]  # window -> [S + 1 + most_runs] i32
-    blocks: int  # thread blocks
+    runs: dict[int | None, Tensor]  # window -> [most_runs * 4 + 1 + S] i32
+    blocks: int  # thread blocks of a KV head
     tokens: int  # Q, of each sequence
     workspace: SplitWorkspace
 
     @property
     def most_runs(self) -> int:
+        """Of a KV head."""
         return self.blocks * _RUNS
 
 
@@ -61,17 +63,16 @@ def plan_split(
     workspace: SplitWorkspace | None = None,
 ) -> SplitPlan:
     """context_lens [S] i32, the step's `tokens` of each sequence included."""
-    blocks = multiprocessors(context_lens.device)
+    blocks = max(1, multiprocessors(context_lens.device) // kv_heads)
     made = SplitPlan({}, blocks, tokens, workspace or SplitWorkspace())
     for window in windows:
-        size = len(context_lens) + 1 + made.most_runs
+        size = made.most_runs * _BEGIN + 1 + len(context_lens)
         plan = made.runs[window] = torch.empty(size, dtype=torch.int32, device=context_lens.device)
         library.plan_split_decode(
             context_lens.data_ptr(),
             plan.data_ptr(),
             len(context_lens),
             tokens,
-            kv_heads,
             head_size,
             window or 0,
             blocks,
@@ -96,7 +97,7 @@ def split_decode_attention(
     out: Tensor,
 ) -> None:
     """See `paged_decode_attention`. out [S * Q, H, D], contiguous."""
-    _, num_layers, _, kv_heads, block_tokens, head_size = pool.shape
+    num_blocks, num_layers, _, kv_heads, block_tokens, head_size = pool.shape
     tokens, heads, _ = q.shape
     sequences = tokens // plan.tokens
     columns = heads // kv_heads * plan.tokens
@@ -110,10 +111,11 @@ def split_decode_attention(
         context_lens.data_ptr(),
         out.data_ptr(),
         plan.runs[window].data_ptr(),
-        plan.workspace.partial(parts * plan.most_runs * 2 * served * (head_size + 2), q.device).data_ptr(),
+        plan.workspace.partial(parts * plan.most_runs * kv_heads * 2 * served * (head_size + 4), q.device).data_ptr(),
         plan.workspace.arrived(parts * (2 + sequences * kv_heads), q.device).data_ptr(),
         None if slopes is None else slopes.data_ptr(),
         q.stride(0),
+        num_blocks,
         sequences,
         plan.tokens,
         heads,

@@ -140,6 +140,12 @@ def test_many_tiles_are_handed_out_to_whoever_is_done(random: torch.Generator) -
         assert torch.equal(problem.run(), first)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (16, 2), (32, 2), (5, 5)])
+def test_a_sequence_of_many_parts_is_merged(heads: int, kv_heads: int, random: torch.Generator) -> None:
+    Problem(random, [30000, 1, 2500], heads=heads, kv_heads=kv_heads, head_size=64).check()
+    Problem(random, [5000], heads=heads, kv_heads=kv_heads).check()
+
+
 def test_all_lengths_up_to_three_hundred(random: torch.Generator) -> None:
     Problem(random, list(range(1, 301)), heads=4, head_size=64, dtype=torch.float32).check()
     Problem(random, list(range(1, 301)), heads=4, head_size=80).check()
