@@ -34,6 +34,7 @@ from baton.kernels.sampling import ROW, RowTables, SamplingWorkspace, TokensOut,
 from baton.kernels.skinny_linear import SkinnyWorkspace, skinny_linear
 from baton.kernels.write_kv import write_kv
 
+PARTS = ("linear", "chain", "sampling", "attention", "prefill", "small")
 GIB = 1 << 30
 LAYERS, HEADS, KV_HEADS, BLOCK_TOKENS, HEAD_SIZE = 32, 32, 8, 16, 128  # Llama 3 8B
 HIDDEN, INNER, POSITIONS = 4096, 14336, 8192
@@ -397,10 +398,19 @@ def random_pool(num_blocks: int, layers: int) -> Tensor:
     return pool
 
 
+def bench_small(table: Table, peak: float) -> None:
+    """What is made of one pass over memory."""
+    pool = random_pool(POOL_TOKENS // BLOCK_TOKENS, LAYERS)
+    bench_write_kv(table, pool, peak)
+    bench_layer(table, pool, peak)
+    bench_block_copy(table, pool, peak)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer cases of attention")
-    quick = parser.parse_args().quick
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no NVIDIA GPU here: nothing to measure")
         return 0
@@ -412,15 +422,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         reads = probe(table, Path(folder))
     torch.cuda.empty_cache()
-    bench_linear(table, reads)
-    bench_layer_chain(table, reads)
-    bench_sampling(table, reads)
-    bench_attention(table, reads, quick)
-    bench_prefill(quick)
-    pool = random_pool(POOL_TOKENS // BLOCK_TOKENS, LAYERS)
-    bench_write_kv(table, pool, reads)
-    bench_layer(table, pool, reads)
-    bench_block_copy(table, pool, reads)
+    parts: dict[str, Callable[[], None]] = {
+        "linear": lambda: bench_linear(table, reads),
+        "chain": lambda: bench_layer_chain(table, reads),
+        "sampling": lambda: bench_sampling(table, reads),
+        "attention": lambda: bench_attention(table, reads, options.quick),
+        "prefill": lambda: bench_prefill(options.quick),
+        "small": lambda: bench_small(table, reads),
+    }
+    for name in options.only:
+        parts[name]()
     return 0
 
 

@@ -36,7 +36,7 @@ using namespace baton;
 // kMany 128, 192, with kManyRingBytes; kGroup 4, 8, 16.
 constexpr int kColumns = 64;               // of W in a chunk
 constexpr int kMostFew = 64;               // rows of x
-constexpr int kRingBytes = 111 << 10;      // of few rows: two thread blocks, each with 1 KB more, share 228 KB
+constexpr int kRingBytes = 220 << 10;      // of few rows: two thread blocks, each with 1 KB more, share 228 KB
 constexpr int kMany = 128;                 // rows of x at a time
 constexpr int kManyRingBytes = 224 << 10;
 constexpr int kGroup = 8;                  // slabs of x that take turns at a tile, so that the L2 cache holds both
