@@ -44,6 +44,7 @@ from baton.engine.models.decoder import Model, read_mlp, read_model
 from baton.engine.models.llama import read_attention
 from baton.engine.models.weights import Weights
 from baton.engine.parallel.alone import Alone
+from baton.engine.parallel.communicator import Communicator
 from baton.engine.policies import policy
 from baton.engine.sequence import Sequence
 
@@ -84,9 +85,16 @@ class RandomFiles:
         return tensor.fill_(1) if "norm" in name else tensor.normal_(0, 0.02, generator=self._random)
 
 
-def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype, positions: int) -> Model:
+def random_model(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    positions: int,
+    communicator: Communicator | None = None,
+) -> Model:
+    """communicator: with the ranks that have the other parts; None: there are none."""
     files = RandomFiles(device, dtype)
-    weights = Weights(files, dtype, device, Alone())  # type: ignore[arg-type]
+    weights = Weights(files, dtype, device, communicator or Alone())  # type: ignore[arg-type]
     return read_model(weights, config, positions, read_attention, read_mlp)
 
 
@@ -249,11 +257,15 @@ def products_per_s(device: torch.device, size: int = 8192, for_s: float = 3.0) -
     return 50 * 2 * size**3 / last
 
 
-def build_engine(shape: dict[str, object], device: torch.device, max_batch: int, kv_bytes: int) -> Engine:
+def config_of(shape: dict[str, object]) -> ModelConfig:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape))
         save_file({"none": torch.zeros(1)}, Path(folder) / "model.safetensors")  # a configuration alone is no model
-        config = ModelConfig.from_dir(Path(folder))
+        return ModelConfig.from_dir(Path(folder))
+
+
+def build_engine(shape: dict[str, object], device: torch.device, max_batch: int, kv_bytes: int) -> Engine:
+    config = config_of(shape)
     geometry = Geometry(
         num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_size=config.head_size, block_tokens=16,
         dtype="bfloat16", fingerprint="random",

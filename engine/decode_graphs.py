@@ -7,6 +7,9 @@ A replay is one launch where a step is some hundreds, and finds its input where 
 
 A row that pads is nobody's: it has no context and no slot. The logits are the next replay's too: what is made of them
 is launched before it, on the same stream.
+
+Of ranks that share a model each captures the same graphs, in the same order, and replays the same: what their kernels
+count, they count on the device.
 """
 
 from collections.abc import Callable, Iterable
@@ -66,7 +69,8 @@ class DecodeGraphs:
         none = StepInput.empty()
         room = size_of(self._rows(none, most)) + _CHANGES
         self._input = torch.zeros(room, dtype=torch.uint8, device=pool.device)
-        self._logits = torch.empty(most, model.config.vocab_size, dtype=model.dtype, device=pool.device)
+        width = model.config.vocab_size if model.head.communicator.rank == 0 else 0  # no other rank gets logits
+        self._logits = torch.empty(most, width, dtype=model.dtype, device=pool.device)
 
         self._workspace = workspace = Workspace()  # a capture knows its address, and keeps nothing alive
 
@@ -82,7 +86,8 @@ class DecodeGraphs:
         self._replays = {size: recorded(size) for size in reversed(self._sizes.tolist())}
 
     def forward(self, step: StepInput) -> Tensor | None:
-        """Logits [S, vocab] of a step in which every row decodes; None, and nothing done, for one that none serves."""
+        """Logits, as `Model.forward` gives them, of a step in which every row decodes; None, and nothing done, for one
+        that none serves."""
         count = len(step.decode_rows)
         if not 0 < count <= self._sizes[-1] or len(step.chunk_rows):
             return None

@@ -9,12 +9,13 @@ import torch
 from ..core.tickets import Geometry
 from ..kernels.build import BuildError, cuda_library
 from ..kernels.paged_attention import is_fused
-from .decode_graphs import Capture, CudaCapture
+from .decode_graphs import SIZES, Capture, CudaCapture
 from .executor import Executor
 from .kv_cache import DTYPES, KvCache, num_blocks_for
 from .models import Model, ModelConfig, Shard, load_model
 from .parallel.alone import Alone
 from .parallel.communicator import Communicator
+from .parallel.peers import can_be_captured
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -28,17 +29,22 @@ class RankPart:
     max_model_len: int
 
     def executor(self, max_batch: int) -> Executor:
+        """Ranks that share a model call it with equal arguments."""
         max_blocks = -(-self.max_model_len // self.kv_cache.geometry.block_tokens)
+        capture, peers = self._capture(), self.model.head.communicator
         with torch.inference_mode():
-            return Executor(self.model, self.kv_cache, max_batch, max_blocks, self._capture())
+            if capture is not None and peers.size > 1:  # of other graphs than theirs there would be no end
+                agreed = peers.broadcast(torch.tensor([max_batch], device=self.model.device)).item()
+                assert agreed == max_batch, (agreed, max_batch)
+            return Executor(self.model, self.kv_cache, max_batch, max_blocks, capture)
 
     def _capture(self) -> Capture | None:
-        """None where a step waits for the device somewhere, or meets other ranks."""
+        """None where a step waits for the device somewhere, or meets other ranks by other means than our kernels."""
         pool, model = self.kv_cache.pool, self.model
         if not (pool.is_cuda and is_fused(pool)):
             return None
-        alone = model.head.communicator.size == 1
-        return CudaCapture(pool.device) if alone and model.config.experts is None else None
+        meets = can_be_captured(model.head.communicator, SIZES[-1], model.config.hidden_size, model.dtype)
+        return CudaCapture(pool.device) if meets and model.config.experts is None else None
 
 
 def load_part(

@@ -19,7 +19,7 @@ from ..engine.kv_cache import DTYPES
 from ..engine.loading import load_part
 from ..engine.parallel.communicator import Communicator, RankLost
 from ..engine.parallel.follower import Follower, Followers
-from ..engine.parallel.nccl import Nccl
+from ..engine.parallel.gpus import meet_on_gpus
 from ..engine.parallel.plan_channel import PlanReader, PlanWriter
 from ..engine.parallel.rendezvous import Rendezvous
 from ..engine.parallel.shared_memory import SharedMemory
@@ -103,7 +103,7 @@ def _meeting(config: WorkerConfig, others: OtherRanks, plans: PlanWriter) -> Com
     if _on_gpu(config):
         meeting = f"file://{config.ring_dir / config.ring_name}.meeting"  # a folder that only its owner may enter
         others.invite(_invitations(config, meeting, plans))
-        return _nccl(meeting, 0, config)
+        return _on_gpus(meeting, 0, config)
     shared = SharedMemory.create(config.tp)
     try:
         others.invite(_invitations(config, shared.address, plans))
@@ -115,7 +115,7 @@ def _meeting(config: WorkerConfig, others: OtherRanks, plans: PlanWriter) -> Com
 
 def _join(config: WorkerConfig, invitation: Invitation) -> Communicator:
     if _on_gpu(config):
-        return _nccl(invitation.meeting, invitation.rank, config)
+        return _on_gpus(invitation.meeting, invitation.rank, config)
     return SharedMemory.join(invitation.meeting, invitation.rank, config.tp)
 
 
@@ -131,10 +131,10 @@ def _on_gpu(config: WorkerConfig) -> bool:
     return torch.device(config.device).type == "cuda"
 
 
-def _nccl(url: str, rank: int, config: WorkerConfig) -> Nccl:
+def _on_gpus(url: str, rank: int, config: WorkerConfig) -> Communicator:
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # its sockets ask nobody who he is
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        return Nccl(Rendezvous(url, rank, config.tp, meet_s=config.start_timeout_s), device)
+        return meet_on_gpus(Rendezvous(url, rank, config.tp, meet_s=config.start_timeout_s), device)
     except ValueError as error:
         raise ConfigError(str(error)) from error

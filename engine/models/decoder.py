@@ -18,9 +18,9 @@ from .layers import (
     Linear,
     Mlp,
     Norm,
+    PartialLinear,
     SplitEmbedding,
     Step,
-    SummedLinear,
 )
 from .rope import rope_tables
 from .weights import Weights
@@ -57,13 +57,13 @@ class Model:
         """
         step = Step(batch, pool, plan_rotation(self.cos, self.sin, batch.positions, pool))
         stream = self.embedding(batch.token_ids)
-        delta: Tensor | None = None  # what the stream still lacks
+        delta: Tensor | None = None  # what the stream still lacks, this rank's part
         for layer in self.layers:
             delta = layer(stream, delta, step)
         if batch.wanted is not None:
             stream = stream.index_select(0, batch.wanted)
             delta = None if delta is None else delta.index_select(0, batch.wanted)
-        return self.head(self.norm(stream, delta), step)
+        return self.head(self.norm(stream, delta, self.head.part.weight), step)
 
 
 def read_model(
@@ -81,7 +81,7 @@ def read_model(
         _read_layer(weights, config, layer, read_attention(weights, config, layer), read_feed_forward)
         for layer in range(config.num_layers)
     )
-    norm = Norm(weights.read("model.norm.weight", (config.hidden_size,)), config.rms_norm_eps)
+    norm = _read_norm(weights, config, "model.norm")
     rows = embedding if config.tie_word_embeddings else weights.read("lm_head.weight", vocabulary)
     head = Head(Linear.of(rows), config.vocab_size, weights.communicator)
     device = embedding.device
@@ -98,10 +98,10 @@ def read_qkv(weights: Weights, config: ModelConfig, layer: int) -> Linear:
     return Linear.of(weight, bias)
 
 
-def read_output(weights: Weights, config: ModelConfig, layer: int) -> SummedLinear:
+def read_output(weights: Weights, config: ModelConfig, layer: int) -> PartialLinear:
     """The attention's output projection."""
     name = f"model.layers.{layer}.self_attn.o_proj"
-    return _summed(weights, name, config.hidden_size, config.num_heads * config.head_size, config.output_bias)
+    return _partial(weights, name, config.hidden_size, config.num_heads * config.head_size, config.output_bias)
 
 
 def read_mlp(weights: Weights, config: ModelConfig, layer: int) -> Mlp:
@@ -111,7 +111,7 @@ def read_mlp(weights: Weights, config: ModelConfig, layer: int) -> Mlp:
     gate_up_bias = weights.stack([f"{name}.bias" for name in names], rows) if config.mlp_bias else None
     return Mlp(
         Linear.of(weights.stack([f"{name}.weight" for name in names], rows, hidden), gate_up_bias),
-        _summed(weights, f"{prefix}.down_proj", hidden, inner, config.mlp_bias),
+        _partial(weights, f"{prefix}.down_proj", hidden, inner, config.mlp_bias),
     )
 
 
@@ -127,15 +127,14 @@ def read_experts(weights: Weights, config: ModelConfig, prefix: str, *, gate: st
         down=weights.pile([[f"{x}.{down}.weight"] for x in names], [hidden], part),
         top_k=config.experts.per_token,
         normalise=config.experts.normalise,
-        communicator=weights.communicator,
     )
 
 
-def _summed(weights: Weights, name: str, rows: int, columns: int, has_bias: bool) -> SummedLinear:
-    """Some columns of a matrix. The bias is added before the ranks' products are, so the first rank alone has it."""
+def _partial(weights: Weights, name: str, rows: int, columns: int, has_bias: bool) -> PartialLinear:
+    """Some columns of a matrix. The ranks' products are summed with their biases, so the first rank alone has one."""
     weight = weights.read(f"{name}.weight", (rows, weights.shard.split(columns)))
     bias = weights.read(f"{name}.bias", (rows,)) if has_bias else None
-    return SummedLinear(Linear.of(weight, bias if weights.shard.rank == 0 else None), weights.communicator)
+    return PartialLinear(Linear.of(weight, bias if weights.shard.rank == 0 else None), weights.shard.size)
 
 
 def _embedding(weights: Weights, rows: Tensor) -> Embedding | SplitEmbedding:
@@ -148,10 +147,14 @@ def _read_layer(
     weights: Weights, config: ModelConfig, layer: int, attention: Attention, read_feed_forward: ReadFeedForward
 ) -> DecoderLayer:
     prefix = f"model.layers.{layer}"
-    hidden = (config.hidden_size,)
     return DecoderLayer(
-        Norm(weights.read(f"{prefix}.input_layernorm.weight", hidden), config.rms_norm_eps),
+        _read_norm(weights, config, f"{prefix}.input_layernorm"),
         attention,
-        Norm(weights.read(f"{prefix}.post_attention_layernorm.weight", hidden), config.rms_norm_eps),
+        _read_norm(weights, config, f"{prefix}.post_attention_layernorm"),
         read_feed_forward(weights, config, layer),
     )
+
+
+def _read_norm(weights: Weights, config: ModelConfig, name: str) -> Norm:
+    weight = weights.read(f"{name}.weight", (config.hidden_size,))
+    return Norm(weight, config.rms_norm_eps, weights.communicator)

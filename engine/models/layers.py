@@ -4,13 +4,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...kernels.ahead import fetch_ahead
 from ...kernels.experts import mix_experts, route
 from ...kernels.linear import add_linear, gated_linear, is_skinny, linear, pack_weight
-from ...kernels.norm import add_rms_norm, rms_norm
+from ...kernels.norm import rms_norm
 from ...kernels.rotary_write import HeadNorms, Rotation, rotary_write
 from ..attention import attend
 from ..batch import Batch
 from ..parallel.communicator import Communicator
+from ..parallel.peers import add_rms_norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +41,19 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
-class SummedLinear:
-    """x W^T + b, where each rank has some columns of W and as many of x. One rank has b."""
+class PartialLinear:
+    """x W^T + b, where each of `ranks` has some columns of W and as many of x: this rank's part. One rank has b."""
 
     part: Linear
-    communicator: Communicator
+    ranks: int
 
     def __call__(self, x: Tensor, stream: Tensor, step: Step) -> Tensor | None:
         """Adds the product to the stream where the kernel that makes it does, in the same pass; else returns it."""
         weight, bias, workspace = self.part.weight, self.part.bias, step.batch.products
-        if self.communicator.size == 1 and is_skinny(x, weight, workspace, False, bias, stream):
+        if self.ranks == 1 and is_skinny(x, weight, workspace, False, bias, stream):
             add_linear(stream, x, weight, bias, workspace=workspace)
             return None
-        return self.communicator.all_reduce(self.part(x, step))
+        return self.part(x, step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +97,19 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """RMS norm of the stream, after what the stream still lacks is added to it: one pass over memory for both."""
+    """RMS norm of the stream, after what the stream still lacks is added to it: one pass over memory for both. Of that
+    each rank has a part."""
 
     weight: Tensor  # [hidden]
     eps: float
+    communicator: Communicator
 
-    def __call__(self, stream: Tensor, delta: Tensor | None = None) -> Tensor:
-        """stream += delta, in place; -> the norm of the sum. Both [rows, hidden]."""
+    def __call__(self, stream: Tensor, delta: Tensor | None = None, ahead: Tensor | None = None) -> Tensor:
+        """stream += the sum of the ranks' deltas, in place; -> the norm of the sum. Both [rows, hidden]. ahead: the
+        weight that is read next."""
         if delta is None:
             return rms_norm(stream, self.weight, self.eps)
-        return add_rms_norm(delta, stream, self.weight, self.eps)
+        return add_rms_norm(self.communicator, delta, stream, self.weight, self.eps, ahead)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +120,15 @@ class Attention:
     head_size: int
     window: int | None
     qkv: Linear  # q's heads, then k's, then v's
-    output: SummedLinear
+    output: PartialLinear
     head_norms: HeadNorms | None = None  # of q and k, before the rotation
 
     def __call__(self, x: Tensor, stream: Tensor, step: Step) -> Tensor | None:
-        """x, stream [T, hidden] -> what the stream still lacks, [T, hidden]. Writes the tokens' K and V."""
+        """x, stream [T, hidden] -> what the stream still lacks, [T, hidden], this rank's part of it. Writes the tokens'
+        K and V."""
         batch, pool = step.batch, step.pool
         qkv = self.qkv(x, step).view(x.shape[0], -1, self.head_size)
+        fetch_ahead(self.output.part.weight, x.shape[0])
         q = rotary_write(qkv, step.rotation, pool, self.layer, batch.slots, self.head_norms, batch.write_plan)
         attended = attend(q, pool, self.layer, self.head_size**-0.5, self.window, batch)
         return self.output(attended.view(x.shape[0], -1), stream, step)
@@ -129,10 +136,10 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
-    """down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x)), this rank's part of the sum."""
 
     gate_up: Linear  # gate's rows, then up's
-    down: SummedLinear
+    down: PartialLinear
 
     def __call__(self, x: Tensor, stream: Tensor, step: Step) -> Tensor | None:
         inner = gated_linear(x, self.gate_up.weight, self.gate_up.bias, workspace=step.batch.products)
@@ -148,11 +155,10 @@ class Experts:
     down: Tensor  # [E, hidden, F]
     top_k: int
     normalise: bool  # the shares of those picked sum to one
-    communicator: Communicator
 
     def __call__(self, x: Tensor, stream: Tensor, step: Step) -> Tensor:
         shares, chosen = route(self.router(x, step), self.top_k, self.normalise)
-        return self.communicator.all_reduce(mix_experts(x, self.gate_up, self.down, shares, chosen))
+        return mix_experts(x, self.gate_up, self.down, shares, chosen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +171,10 @@ class DecoderLayer:
     mlp: Mlp | Experts
 
     def __call__(self, stream: Tensor, delta: Tensor | None, step: Step) -> Tensor | None:
-        """stream [T, hidden], changed in place; delta: what it still lacks. -> what it lacks after this layer."""
-        delta = self.attention(self.input_norm(stream, delta), stream, step)
-        return self.mlp(self.post_attention_norm(stream, delta), stream, step)
+        """stream [T, hidden], changed in place; delta: what it still lacks. -> what it lacks after this layer.
+
+        Of what it lacks each rank has a part, and the next norm adds them up.
+        """
+        delta = self.attention(self.input_norm(stream, delta, self.attention.qkv.weight), stream, step)
+        ahead = self.mlp.gate_up.weight if isinstance(self.mlp, Mlp) else None
+        return self.mlp(self.post_attention_norm(stream, delta, ahead), stream, step)

@@ -29,11 +29,20 @@ class Nccl:
         self._device = device
         options = group.Options()
         options._timeout = rendezvous.timeout
+        self._store = rendezvous.store()
         try:
-            self._group: Any = group(rendezvous.store(), self.rank, self.size, options)
+            self._group: Any = group(self._store, self.rank, self.size, options)
             self._group.eager_connect_single_device(device)  # now: not in a capture, nor in the first request's step
         except RuntimeError as error:
             raise RankLost(f"the ranks did not meet at {rendezvous.url}: {error}") from error
+
+    def exchange(self, name: str, text: str) -> list[str]:
+        """Each rank's text, in their order, by way of the meeting point: once for a name. Raises RankLost."""
+        try:
+            self._store.set(f"{name} {self.rank}", text)
+            return [self._store.get(f"{name} {rank}").decode() for rank in range(self.size)]
+        except RuntimeError as error:
+            raise RankLost(f"a rank is gone or late: {error}") from error
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if x.numel():

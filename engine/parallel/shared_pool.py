@@ -4,6 +4,7 @@ On the CPU a pool lies in memory without a name (see segment.py); on CUDA it is 
 another process opens (CUDA IPC). A handle is picklable and goes from rank to rank of one host only.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,10 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 from ...core.segment import Segment
 from .communicator import RankLost
 
-_DEVICE_ARGUMENT = 6  # of torch.multiprocessing.reductions.rebuild_cuda_tensor
+# of torch.multiprocessing.reductions.rebuild_cuda_tensor
+_DEVICE_ARGUMENT = 6
+_NUMBERS = (3, 8, 9, 12, 14)  # where in the allocation, its counter and its event
+_BYTES = (7, 11, 13)  # what names these
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,20 @@ class CudaPoolHandle:
     """arguments: of torch's `rebuild_cuda_tensor`, as its own queues would send them."""
 
     arguments: tuple[Any, ...]
+
+    def to_text(self) -> str:
+        """For `of_peer`: no bytes that someone would unpickle."""
+        numbers = [int(self.arguments[at]) for at in _NUMBERS]
+        return json.dumps([*numbers, *(bytes(self.arguments[at]).hex() for at in _BYTES)])
+
+    def of_peer(self, text: str) -> "CudaPoolHandle":
+        """The handle of another rank's pool, of the same shape and dtype as this one's. Raises ValueError."""
+        found, arguments = json.loads(text), list(self.arguments)
+        for at, number in zip(_NUMBERS, found[: len(_NUMBERS)], strict=True):
+            arguments[at] = type(arguments[at])(number)
+        for at, name in zip(_BYTES, found[len(_NUMBERS) :], strict=True):
+            arguments[at] = bytes.fromhex(name)
+        return CudaPoolHandle(tuple(arguments))
 
 
 PoolHandle = HostPoolHandle | CudaPoolHandle

@@ -1,12 +1,22 @@
 // peer_sum: the sum of two ranks' products, one call of each, and what follows it in a layer: added to the stream and
 // normalised (all-reduce in one step, as each pair of ranks on one host can; the norm is Zhang and Sennrich's, 2019).
-//   x, stream, out [T, hidden]    weight [hidden]    inbox [2, R, hidden], T <= R    arrived [R], calls [2]: zeros at first
-// Each rank writes its x into the other's inbox, over the link between the two GPUs, and then a number into the other's
-// `arrived`, row by row: a row's thread block waits for no other's. Two halves of the inbox take turns: the other rank
-// writes a half again only after a call for which this one has sent a row, which it does when it has read all before.
-// Calls are counted on the device, so that a captured launch counts on. Bound by latency: a write across and back.
+//   x, stream, out [T, hidden]    weight [hidden]    calls [2]: zeros at first
+//   few [2, T', 2 * hidden] or inbox [2, T', hidden], T' >= T, zeros at first    arrived [T'], zeros at first
+// Each rank writes its x into the other's memory, over the link between the two GPUs, a row by a thread block, which
+// waits for that row's block of the other rank alone. Bound by latency:
+//   few rows   each word travels with the call's number beside it (NCCL's "LL" protocol): twice the bytes, but whoever
+//              reads them sees by themselves that they have come. One way across the link, and nothing waits for an answer.
+//   more rows  first the row, then, once all of it has arrived, the call's number into `arrived`: a way more.
+// Two halves of the memory take turns: the other rank writes a half again only after a call for which this one has sent
+// a row, which it does when it has read all before. Calls are counted on the device, so that a captured launch counts on.
+// A number comes again after 2^32 calls, two days of decoding: it would be taken for that of a row which was last used then,
+// to the call.
 // Sums are float32, of rank 0's x first, so both ranks get the same bits.
-#include "ptx.cuh"
+//
+// While few rows are on their way the memory has nothing to do, so more thread blocks ask for the weight that is next.
+#include "ahead.cuh"
+#include "launch.cuh"
+#include "peer.cuh"
 #include "vectors.cuh"
 
 namespace {
@@ -16,112 +26,188 @@ using baton::pack;
 using baton::unpack;
 
 constexpr int kThreads = 512;
-constexpr int kMost = 8;  // 16-byte vectors of a row that one thread holds
+constexpr int kMost = 4;  // 16-byte vectors of a row that one thread holds; of 8 some would leave the registers
 
 struct Problem {
   const void* x;
-  void* inbox_there;
-  const void* inbox_here;
-  uint32_t* arrived_there;
-  uint32_t* arrived_here;
-  uint32_t* calls;  // calls so far, thread blocks of this one that have ended
-  void* stream;     // null: out is the sum alone
+  uint4* there;  // of the other rank: few or inbox
+  const uint4* here;
+  uint32_t* arrived_there;  // null: each word has the number beside it
+  const uint32_t* arrived_here;
+  uint32_t* calls;  // number of the last call, thread blocks of this one that have ended
+  const uint32_t* stop;
+  void* stream;  // null: out is the sum alone
   const void* weight;
   void* out;
-  int rank, room, vecs;  // R, and vectors of a row
-  float eps;
+  int rank, vecs;  // vectors of a row
+  int64_t half;    // vectors
+  baton::Ahead ahead;
+  int tokens;
+  float share, eps;  // 1 / hidden
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) sum_of_two(const Problem p) {
-  __shared__ float of_warps[kThreads / 32];
-  const int row = blockIdx.x;
-  const uint32_t call = p.calls[0] + 1;
-  const int64_t at = int64_t(row) * p.vecs;
-  const int64_t half = (int64_t(call % 2) * p.room + row) * p.vecs;
-  const uint4* x = static_cast<const uint4*>(p.x) + at;
-  uint4 mine[kMost];
+// Of all threads, in an order that never changes.
+__device__ __forceinline__ float sum_of_block(float x) {
+  __shared__ float sums[kThreads / 32];
 #pragma unroll
-  for (int i = 0; i < kMost; i++) {
+  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  float total = 0.f;
+#pragma unroll
+  for (int warp = 0; warp < kThreads / 32; warp++) total += sums[warp];
+  return total;
+}
+
+// A thread has vectors threadIdx.x + i * kThreads of its block's row.
+template <int kVecs, typename Do>
+__device__ __forceinline__ void each(int vecs, Do what) {
+#pragma unroll
+  for (int i = 0; i < kVecs; i++) {
     const int vec = threadIdx.x + i * kThreads;
-    if (vec >= p.vecs) break;
-    mine[i] = x[vec];
-    (static_cast<uint4*>(p.inbox_there) + half)[vec] = mine[i];
+    if (vec < vecs) what(i, vec);
   }
+}
+
+template <int kVecs>
+__device__ __forceinline__ void exchange_flagged(const Problem& p, uint32_t call, const uint4 (&mine)[kVecs],
+                                                 uint4 (&others)[kVecs]) {
+  const int64_t row = call % 2 * p.half + int64_t(blockIdx.x) * 2 * p.vecs;
+  each<kVecs>(p.vecs, [&](int i, int vec) {
+    baton::store_flagged(p.there + row + vec, mine[i].x, mine[i].y, call);
+    baton::store_flagged(p.there + row + p.vecs + vec, mine[i].z, mine[i].w, call);
+  });
+  baton::Wait wait(p.stop);
+  each<kVecs>(p.vecs, [&](int i, int vec) {
+    uint4 first, second;
+    do {
+      first = baton::load_flagged(p.here + row + vec);
+      second = baton::load_flagged(p.here + row + p.vecs + vec);
+    } while ((first.y != call || first.w != call || second.y != call || second.w != call) && wait.goes_on());
+    others[i] = {first.x, first.z, second.x, second.z};
+  });
+}
+
+template <int kVecs>
+__device__ __forceinline__ void exchange_rows(const Problem& p, uint32_t call, const uint4 (&mine)[kVecs],
+                                              uint4 (&others)[kVecs]) {
+  const int64_t row = call % 2 * p.half + int64_t(blockIdx.x) * p.vecs;
+  each<kVecs>(p.vecs, [&](int i, int vec) { p.there[row + vec] = mine[i]; });
   baton::fence_system();
   __syncthreads();
   if (threadIdx.x == 0) {
-    baton::signal_system(p.arrived_there + row, call);
-    baton::await_system(p.arrived_here + row, call);
+    baton::signal_system(p.arrived_there + blockIdx.x, call);
+    baton::Wait wait(p.stop);
+    uint32_t found;
+    do {  // the other may be a call ahead, when this one's row has reached it
+      found = baton::load_system(p.arrived_here + blockIdx.x);
+    } while (found != call && found != baton::next_number(call) && wait.goes_on());
   }
   __syncthreads();
+  each<kVecs>(p.vecs, [&](int i, int vec) { others[i] = __ldcg(p.here + row + vec); });
+}
 
-  float sums[kMost][kPerVec<T>];
-  float squares = 0.f;
-#pragma unroll
-  for (int i = 0; i < kMost; i++) {
-    const int vec = threadIdx.x + i * kThreads;
-    if (vec >= p.vecs) break;
-    float own[kPerVec<T>], other[kPerVec<T>], before[kPerVec<T>] = {};
-    unpack<T>(mine[i], own);
-    unpack<T>(__ldcg(static_cast<const uint4*>(p.inbox_here) + half + vec), other);
-    uint4* stream = static_cast<uint4*>(p.stream) + at + vec;
-    if (p.stream != nullptr) unpack<T>(*stream, before);
-#pragma unroll
-    for (int e = 0; e < kPerVec<T>; e++) {
-      const float sum = p.rank == 0 ? own[e] + other[e] : other[e] + own[e];
-      sums[i][e] = p.stream != nullptr ? before[e] + sum : sum;
-    }
-    const uint4 raw = pack<T>(sums[i]);
-    unpack<T>(raw, sums[i]);  // as it is stored
-    *(p.stream != nullptr ? stream : static_cast<uint4*>(p.out) + at + vec) = raw;
-#pragma unroll
-    for (int e = 0; e < kPerVec<T>; e++) squares += sums[i][e] * sums[i][e];
+template <typename T, int kVecs>
+__global__ void __launch_bounds__(kThreads) sum_of_two(const Problem p) {
+  constexpr int kPer = kPerVec<T>;
+  const int64_t row = int64_t(blockIdx.x) * p.vecs;
+  uint4* stream = static_cast<uint4*>(p.stream) + row;
+  uint4* out = static_cast<uint4*>(p.out) + row;
+  uint4 mine[kVecs], others[kVecs], before[kVecs], weights[kVecs];
+  baton::let_next_begin();
+  if (int(blockIdx.x) >= p.tokens) {
+    p.ahead.ask(blockIdx.x - p.tokens, gridDim.x - p.tokens);
+    return;
   }
-  if (p.stream != nullptr) {
+  if (p.stream != nullptr)
+    each<kVecs>(p.vecs, [&](int i, int vec) { weights[i] = static_cast<const uint4*>(p.weight)[vec]; });
+  baton::await_earlier();
+  const uint32_t call = baton::next_number(__ldcg(p.calls));
+  each<kVecs>(p.vecs, [&](int i, int vec) { mine[i] = static_cast<const uint4*>(p.x)[row + vec]; });
+  if (p.stream != nullptr) each<kVecs>(p.vecs, [&](int i, int vec) { before[i] = stream[vec]; });
+  if (p.arrived_there == nullptr) {
+    exchange_flagged(p, call, mine, others);
+  } else {
+    exchange_rows(p, call, mine, others);
+  }
+
+  float squares = 0.f;
+  each<kVecs>(p.vecs, [&](int i, int vec) {
+    float own[kPer], other[kPer], sum[kPer];
+    unpack<T>(mine[i], own);
+    unpack<T>(others[i], other);
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, offset);
-    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = squares;
-    __syncthreads();
-    squares = 0.f;
+    for (int e = 0; e < kPer; e++) sum[e] = p.rank == 0 ? own[e] + other[e] : other[e] + own[e];
+    if (p.stream != nullptr) {
+      unpack<T>(before[i], own);
 #pragma unroll
-    for (int w = 0; w < kThreads / 32; w++) squares += of_warps[w];
-    const float scale = rsqrtf(squares / float(p.vecs * kPerVec<T>) + p.eps);
-#pragma unroll
-    for (int i = 0; i < kMost; i++) {
-      const int vec = threadIdx.x + i * kThreads;
-      if (vec >= p.vecs) break;
-      float weight[kPerVec<T>];
-      unpack<T>(static_cast<const uint4*>(p.weight)[vec], weight);
-#pragma unroll
-      for (int e = 0; e < kPerVec<T>; e++) sums[i][e] *= scale * weight[e];
-      (static_cast<uint4*>(p.out) + at)[vec] = pack<T>(sums[i]);
+      for (int e = 0; e < kPer; e++) sum[e] += own[e];
     }
+    mine[i] = pack<T>(sum);
+    (p.stream != nullptr ? stream : out)[vec] = mine[i];
+    unpack<T>(mine[i], sum);  // as it is stored
+#pragma unroll
+    for (int e = 0; e < kPer; e++) squares += sum[e] * sum[e];
+  });
+  const float total = sum_of_block(squares);  // where there is no norm too: all have read the count now
+  if (p.stream != nullptr) {
+    const float scale = rsqrtf(total * p.share + p.eps);
+    each<kVecs>(p.vecs, [&](int i, int vec) {
+      float values[kPer], weight[kPer];
+      unpack<T>(mine[i], values);
+      unpack<T>(weights[i], weight);
+#pragma unroll
+      for (int e = 0; e < kPer; e++) values[e] *= scale * weight[e];
+      out[vec] = pack<T>(values);
+    });
   }
   // The last to end counts the call: until then all of them read the count before.
-  if (threadIdx.x == 0 && atomicAdd(p.calls + 1, 1u) == gridDim.x - 1) {
+  if (threadIdx.x == 0 && atomicAdd(p.calls + 1, 1u) == p.tokens - 1) {
     p.calls[1] = 0;
     p.calls[0] = call;
   }
 }
 
-template <typename T>
-int launch(const Problem& p, int tokens, cudaStream_t stream) {
-  sum_of_two<T><<<unsigned(tokens), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+template <typename T, int kVecs = 1>
+int launch(const Problem& p, cudaStream_t queue) {
+  if constexpr (kVecs < kMost) {
+    if (p.vecs > kVecs * kThreads) return launch<T, kVecs * 2>(p, queue);
+  }
+  if (p.vecs > kVecs * kThreads) return cudaErrorInvalidValue;
+  return baton::launch(sum_of_two<T, kVecs>, dim3(p.tokens + p.ahead.blocks()), kThreads, 0, queue, p);
 }
 
 }  // namespace
 
-// dtype 0: float32, 1: bfloat16. stream and weight null: out becomes the sum.
-BATON_EXPORT int peer_sum(const void* x, void* inbox_there, const void* inbox_here, uint32_t* arrived_there,
-                          uint32_t* arrived_here, uint32_t* calls, void* residual, const void* weight, void* out,
-                          int dtype, int rank, int tokens, int room, int hidden, float eps, cudaStream_t stream) {
+// dtype 0: float32, 1: bfloat16. arrived_there null: `there` and `here` are few, else inbox; a half of either has `half`
+// bytes. residual (the stream) and weight null: out becomes the sum. ahead: see ahead.cuh.
+BATON_EXPORT int peer_sum(const void* x, void* there, const void* here, uint32_t* arrived_there,
+                          const uint32_t* arrived_here, uint32_t* calls, const uint32_t* stop, void* residual,
+                          const void* weight, void* out, const void* ahead, int64_t pitch, int ahead_rows, int ahead_bytes,
+                          int64_t half, int dtype, int rank, int tokens, int hidden, float eps, cudaStream_t queue) {
   const int per_vec = dtype == 0 ? 4 : 8;
+  const int vecs = hidden / per_vec;
   if (tokens == 0) return cudaSuccess;
-  if (tokens < 0 || tokens > room || hidden % per_vec != 0 || hidden / per_vec > kThreads * kMost)
-    return cudaErrorInvalidValue;
-  const Problem p{x,        inbox_there, inbox_here, arrived_there, arrived_here, calls, residual,
-                  weight,   out,         rank,       room,          hidden / per_vec, eps};
-  return dtype == 0 ? launch<float>(p, tokens, stream) : launch<__nv_bfloat16>(p, tokens, stream);
+  const int64_t needed = int64_t(tokens) * vecs * baton::kVecBytes * (arrived_there == nullptr ? 2 : 1);
+  if (tokens < 0 || hidden <= 0 || hidden % per_vec != 0 || needed > half) return cudaErrorInvalidValue;
+  const baton::Ahead asked{static_cast<const char*>(ahead), pitch, ahead_rows, ahead_bytes};
+  if (!asked.valid()) return cudaErrorInvalidValue;
+  const Problem p{x,
+                  static_cast<uint4*>(there),
+                  static_cast<const uint4*>(here),
+                  arrived_there,
+                  arrived_here,
+                  calls,
+                  stop,
+                  residual,
+                  weight,
+                  out,
+                  rank,
+                  vecs,
+                  half / baton::kVecBytes,
+                  asked,
+                  tokens,
+                  1.f / float(hidden),
+                  eps};
+  return dtype == 0 ? launch<float>(p, queue) : launch<__nv_bfloat16>(p, queue);
 }

@@ -58,12 +58,40 @@ __device__ __forceinline__ void signal_system(uint32_t* at, uint32_t value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;\n" ::"l"(at), "r"(value) : "memory");
 }
 
-// Until the number is `value` or a later one. Numbers rise by one and may wrap around.
-__device__ __forceinline__ void await_system(const uint32_t* at, uint32_t value) {
+// A number that another GPU, or the host, writes. What was there before it is there for whoever has seen it.
+__device__ __forceinline__ uint32_t load_system(const uint32_t* at) {
   uint32_t found;
-  do {
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];\n" : "=r"(found) : "l"(at) : "memory");
-  } while (int32_t(found - value) < 0);
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];\n" : "=r"(found) : "l"(at) : "memory");
+  return found;
+}
+
+// Two words for another GPU, each with a flag that arrives with it: of 16 bytes, the halves are written whole.
+__device__ __forceinline__ void store_flagged(uint4* to, uint32_t a, uint32_t b, uint32_t flag) {
+  asm volatile("st.volatile.global.v4.u32 [%0], {%1, %3, %2, %3};\n" ::"l"(to), "r"(a), "r"(b), "r"(flag) : "memory");
+}
+
+// What store_flagged writes, in its order: word, flag, word, flag.
+__device__ __forceinline__ uint4 load_flagged(const uint4* from) {
+  uint4 found;
+  asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
+               : "l"(from)
+               : "memory");
+  return found;
+}
+
+// Asks for bytes to be in the L2 cache soon, and waits for nothing; before sm_90 it asks for none. Both multiples of 16.
+__device__ __forceinline__ void prefetch_bytes(const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+// By a clock that every multiprocessor reads alike.
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;\n" : "=l"(now));
+  return now;
 }
 
 }  // namespace baton

@@ -365,6 +365,7 @@ T __reduce_max_sync(unsigned, T value) {
   return top;
 }
 
+[[noreturn]] inline void __trap() { emulation::fail("a kernel gave up"); }
 template <typename T> T __ldg(const T* from) { return *from; }
 template <typename T> T __ldcg(const T* from) { return *from; }
 template <typename T> T __ldcs(const T* from) { return *from; }

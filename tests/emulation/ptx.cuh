@@ -88,13 +88,34 @@ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 // Another GPU is another process that shares memory with this one.
 inline void fence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void signal_system(uint32_t* at, uint32_t value) { std::atomic_ref(*at).store(value); }
-inline void await_system(const uint32_t* at, uint32_t value) {
-  const std::atomic_ref found(*const_cast<uint32_t*>(at));
-  const auto until = std::chrono::steady_clock::now() + std::chrono::minutes(1);
-  while (int32_t(found.load() - value) < 0) {
-    if (std::chrono::steady_clock::now() > until) emulation::fail("the other GPU sent nothing for a minute");
-    std::this_thread::yield();
+inline uint32_t load_system(const uint32_t* at) {
+  std::this_thread::yield();  // who waits has nothing else to do
+  return std::atomic_ref(*const_cast<uint32_t*>(at)).load();
+}
+
+inline uint64_t with_flag(uint32_t word, uint32_t flag) { return word | uint64_t(flag) << 32; }
+inline void store_flagged(uint4* to, uint32_t a, uint32_t b, uint32_t flag) {
+  auto* halves = reinterpret_cast<uint64_t*>(to);
+  std::atomic_ref(halves[0]).store(with_flag(a, flag));
+  std::atomic_ref(halves[1]).store(with_flag(b, flag));
+}
+inline uint4 load_flagged(const uint4* from) {
+  std::this_thread::yield();
+  auto* halves = reinterpret_cast<uint64_t*>(const_cast<uint4*>(from));
+  const uint64_t first = std::atomic_ref(halves[0]).load(), second = std::atomic_ref(halves[1]).load();
+  return {uint32_t(first), uint32_t(first >> 32), uint32_t(second), uint32_t(second >> 32)};
+}
+
+inline void prefetch_bytes(const void* from, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0 || bytes == 0) {
+    emulation::fail("a prefetch of what is no multiple of 16");
   }
+  const auto* at = static_cast<const volatile unsigned char*>(from);
+  (void)at[0], (void)at[bytes - 1];
+}
+
+inline uint64_t nanoseconds() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 }  // namespace baton

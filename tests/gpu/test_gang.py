@@ -69,7 +69,14 @@ def live(rank: Rank, config: WorkerConfig, fails: str) -> str:
         return "followed"
     others = Told(rank)
     with lead(config, others) as followers:
-        engine = Engine.build(config.model_dir, torch.float32, device, config.kv_bytes, followers=followers)
+        engine = Engine.build(
+            config.model_dir,
+            torch.float32,
+            device,
+            config.kv_bytes,
+            max_batch=config.max_batch,
+            followers=followers,
+        )
         engine.open_pools(others.pools())
         sequences = [greedy(number, (2, 3, 5 + number), 8) for number in range(3)]
         run(engine, sequences, Way(step_tokens=64, join_every=0, lookahead=True))

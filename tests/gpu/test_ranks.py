@@ -52,6 +52,74 @@ def test_meetings_give_what_they_say(ranks: Ranks) -> None:
     assert (first["nothing"], second["nothing"]) == ((0, 6), (0, 0))
 
 
+def sum_in_graphs(rank: Rank) -> None:
+    """Captured sums of few rows and of many give, replayed, what they should, however the two are mixed."""
+    from baton.engine.parallel.peers import Peers, add_rms_norm
+
+    device = torch.device("cuda", rank.rank)
+    peers = meet(rank, device)
+    assert isinstance(peers, Peers), "the GPUs do not reach each other's memory"
+
+    def numbers(seed: int, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(device)
+
+    work = []
+    for rows in (1, 3, 512, 40, 300):
+        parts, stream, weight = [numbers(at, rows, 4096) for at in range(2)], numbers(2, rows, 4096), numbers(3, 4096)
+        delta, started = parts[rank.rank].clone(), stream.clone()
+        out = torch.empty_like(stream)
+
+        def run(out=out, delta=delta, stream=stream, weight=weight) -> None:  # type: ignore[no-untyped-def]
+            for _ in range(3):  # as layers follow each other
+                out.copy_(add_rms_norm(peers, delta, stream, weight, 1e-5))
+
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+        work.append((graph, parts, started, weight, stream, out))
+    for turn in range(20):
+        for graph, parts, started, weight, stream, out in work:
+            stream.copy_(started)
+            graph.replay()
+            total = started.float()
+            for _ in range(3):
+                total = (total + (parts[0].float() + parts[1].float())).bfloat16().float()
+            off = stream.float() - total
+            assert not off.any(), f"{len(stream)} rows, turn {turn}: {int((off != 0).sum())} by {off.abs().max()}"
+            normed = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-5) * weight.float()
+            torch.testing.assert_close(out.float(), normed, rtol=2**-7, atol=2**-7)
+    tokens = torch.arange(9, device=device) * (1 - rank.rank)
+    assert peers.broadcast(tokens).tolist() == list(range(9))
+    part = numbers(rank.rank, 600, 64128)  # more than fits the slots at once
+    beside = peers.gather_last(part)
+    if rank.rank == 0:
+        assert torch.equal(beside, torch.cat((part, numbers(1, 600, 64128)), 1))
+    peers.barrier()
+    peers.close()
+
+
+def test_sums_that_were_captured_meet_at_each_replay(ranks: Ranks) -> None:
+    ranks.run(sum_in_graphs, 2)
+
+
+def left_alone(rank: Rank) -> bool:
+    """Rank 1 does not come: rank 0's kernel ends when it is told to, and its device is as good as before."""
+    device = torch.device("cuda", rank.rank)
+    peers = meet(rank, device)
+    if rank.rank == 0:
+        peers.all_reduce(torch.ones(1000, 4096, dtype=torch.bfloat16, device=device))
+        peers.close()
+        torch.cuda.synchronize()
+        return bool((torch.ones(8, device=device) + 1 == 2).all())
+    peers.close()
+    return True
+
+
+def test_a_rank_that_nobody_meets_is_not_stuck_once_it_closes(ranks: Ranks) -> None:
+    assert ranks.run(left_alone, 2) == [True, True]
+
+
 def pools_of_each_other(rank: Rank) -> list[float]:
     """Rank 0 reads and writes rank 1's pool through its own device."""
     from baton.core.ids import BlockId

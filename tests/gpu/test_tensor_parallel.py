@@ -10,7 +10,7 @@ import torch
 from baton.engine.engine import Engine
 from baton.engine.loading import load_part
 from baton.engine.parallel.follower import Follower, Followers
-from baton.engine.parallel.nccl import Nccl
+from baton.engine.parallel.gpus import meet_on_gpus
 from baton.engine.parallel.plan_channel import PlanReader, PlanWriter
 from baton.engine.parallel.rendezvous import Rendezvous
 
@@ -33,7 +33,7 @@ def serve(rank: Rank, path: Path, prompts: list[tuple[int, ...]], meeting: str) 
     """Rank 0 answers in every way, the other follows."""
     device = torch.device("cuda", rank.rank)
     torch.cuda.set_device(device)
-    with_others = Nccl(Rendezvous(meeting, rank.rank, rank.size), device)
+    with_others = meet_on_gpus(Rendezvous(meeting, rank.rank, rank.size), device)
     if rank.rank > 0:
         plans = PlanReader.join(rank.hear()[rank.rank - 1], rank.rank, rank.size)
         part = load_part(path, torch.float32, device, KV_BYTES, communicator=with_others)

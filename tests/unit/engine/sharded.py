@@ -15,7 +15,7 @@ from baton.engine.engine import Engine
 from baton.engine.loading import load_part
 from baton.engine.parallel.communicator import Communicator
 from baton.engine.parallel.follower import Follower, Followers
-from baton.engine.parallel.nccl import Nccl
+from baton.engine.parallel.gpus import meet_on_gpus
 from baton.engine.parallel.plan_channel import PlanReader, PlanWriter
 from baton.engine.parallel.rendezvous import Rendezvous
 from baton.engine.policies import policy
@@ -101,7 +101,7 @@ def meet(rank: Rank, device: torch.device) -> Communicator:
         return rank.meet()
     torch.cuda.set_device(device)
     url = rank.agree(f"tcp://127.0.0.1:{free_port()}")
-    return Nccl(Rendezvous(url, rank.rank, rank.size), device)
+    return meet_on_gpus(Rendezvous(url, rank.rank, rank.size), device)
 
 
 def serve(rank: Rank, setting: Setting) -> Answers | None:
