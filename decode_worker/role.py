@@ -152,7 +152,7 @@ class DecodeRole:
         ticket, sequence = answer.ticket, answer.sequence
         self._landing.commit(ticket.ticket_id)
         answer.ticket = None
-        self._batch.landed(sequence, news.first_token)
+        self._batch.landed(sequence, news.first_token, exact=news.reservation.keeps_keys)
         moved = news.reservation.moved
         attributes = transfer_attributes(moved, ticket.ticket_id)
         answer.decoding_ns = self._now_ns()
@@ -172,7 +172,10 @@ class DecodeRole:
         known = -(-sequence.computed // self._block_tokens)
         ticket_id = TicketId(f"{self._ticket_prefix}-{next(self._numbers)}")
         wanted = range(known, len(sequence.blocks))
-        answer.ticket = self._landing.reserve(answer.sequence_id, ticket_id, sequence.blocks, wanted, now)
+        prompt_tokens = len(sequence.prompt)
+        answer.ticket = self._landing.reserve(
+            answer.sequence_id, ticket_id, sequence.blocks, wanted, prompt_tokens, now
+        )
         self._outbox.granted(answer.link, TicketGranted(sequence_id=answer.sequence_id, ticket=answer.ticket))
 
     def _end_landings(self, failed: list[LandingFailed]) -> None:

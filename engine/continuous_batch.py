@@ -87,9 +87,10 @@ class ContinuousBatch:
             member.spare = 0
             self._residents.waiting.stir()
 
-    def landed(self, seq: Sequence, first_token: int) -> None:
-        """The KV of a reserved sequence's prompt is in its blocks, which it holds itself again."""
-        self._residents.landed(seq, first_token)
+    def landed(self, seq: Sequence, first_token: int, *, exact: bool = True) -> None:
+        """The KV of a reserved sequence's prompt is in its blocks, which it holds itself again. Where it is not exactly
+        what this engine would have computed, no other sequence is to find it."""
+        self._residents.landed(seq, first_token, exact=exact)
 
     def remove(self, seq: Sequence) -> None:
         """Whatever state it is in: it ends, and every block comes back. Of a sequence that is not here: nothing."""

@@ -75,8 +75,9 @@ class Holdings:
         if not (seq.started or seq.tokens):
             seq.cached_tokens = seq.computed
         seq.started = True
-        self._expected[seq] = keys[known:]
-        self._prefix_cache.expect(keys[known:])
+        if not seq.apart:
+            self._expected[seq] = keys[known:]
+            self._prefix_cache.expect(keys[known:])
         self._keys.pop(seq, None)
         return known
 
@@ -112,10 +113,18 @@ class Holdings:
         self._prefix_cache.distrust(seq.blocks)
         self._end_tail(seq)
 
+    def keep_apart(self, seq: Sequence) -> None:
+        """From now on nothing of it becomes known: nobody finds its blocks, nor waits for them, nor borrows its last.
+        What it shares with others stays known."""
+        seq.apart = True
+        self._prefix_cache.unexpect(self._expected.pop(seq, []))
+
     def advance(self, seq: Sequence, computed: int) -> bool:
         """The KV of the first `computed` tokens is in the blocks; full ones become known to the prefix cache. Gives
         whether one of them was expected: somebody may wait for it."""
         seq.computed, arrived = computed, False
+        if seq.apart:
+            return False
         known = len(seq.keys)
         full = computed // self._block_tokens
         if full > known:

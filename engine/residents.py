@@ -72,9 +72,11 @@ class Residents:
         """Of a sequence that is here."""
         return self._members[seq.sequence_id]
 
-    def landed(self, seq: Sequence, first_token: int) -> None:
+    def landed(self, seq: Sequence, first_token: int, *, exact: bool) -> None:
         """The KV of a reserved sequence's prompt is in its blocks."""
         member = self._reserved.pop(seq.sequence_id)
+        if not exact:
+            self._holdings.keep_apart(seq)
         self._holdings.advance(seq, len(seq.prompt))
         seq.charged = len(seq.prompt)  # by who computed it
         seq.tokens.append(first_token)

@@ -16,6 +16,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "apart",
         "blocks",
         "cached_tokens",
         "charged",
@@ -58,6 +59,7 @@ class Sequence:
         self.blocks: list[BlockId] = []  # held for this sequence, in order
         self.computed = 0
         self.keys: list[BlockKey] = []  # of its full blocks that the prefix cache knows by now
+        self.apart = False  # its KV is rounded otherwise than this engine's own: no other sequence may find it
         self.charged = 0  # tokens whose computing its tenant has been charged for
         self.started = False  # has had blocks
         self.cached_tokens = 0  # of the prompt, found in the prefix cache when it first started

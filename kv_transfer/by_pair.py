@@ -27,6 +27,7 @@ from .mapped import Greet, MappedTransport, NotMapped, Source
 from .messages import Delivery, Returned
 from .ray_ranks import RayRanks
 from .ray_store import RayStoreTransport
+from .recut import Into
 from .transport import Moved, Transport
 
 _AGAIN_S = 30.0  # in the store after something went wrong, before the mapped way is tried again
@@ -90,7 +91,7 @@ class PairTransport:
             return refused
         return self._store.offer(piece, blocks, reader)
 
-    def pull(self, delivery: Delivery, into: Sequence[BlockId]) -> "Future[Moved]":
+    def pull(self, delivery: Delivery, into: Into) -> "Future[Moved]":
         if delivery.handles and isinstance(delivery.handles[0], Source):
             assert self._mapped is not None
             with self._lock:  # what came before they had met says nothing any more

@@ -16,7 +16,7 @@ from ..core.ids import Epoch, WorkerId
 from ..core.tickets import Geometry
 from .encoding import Damaged
 from .inbox import Inbox
-from .plan import require_same
+from .plan import require_bridged
 from .pool import Blocks
 
 AUTO, MAPPED, RAY_STORE = "auto", "mapped", "ray_store"
@@ -125,7 +125,7 @@ def why_not_mapped(source: Capability, reader: Capability) -> str:
     if source.host != reader.host:
         return f"{source.worker_id} and {reader.worker_id} are different users', or in different containers"
     try:
-        require_same(source.geometry, reader.geometry)
+        require_bridged(source.geometry, reader.geometry)
     except GeometryMismatch as error:
         return str(error)
     return ""

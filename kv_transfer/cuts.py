@@ -90,7 +90,7 @@ def brought(cut: Cut, wanted: Indices, piece: Collection[int]) -> tuple[range, .
     """
     given = tokens_of(piece, cut.source_block, cut.prompt_tokens)
     asked = tokens_of(wanted.intersection(_touched(cut, given)), cut.reader_block, cut.prompt_tokens)
-    return tuple(_common(asked, given))
+    return tuple(common(asked, given))
 
 
 def completed(cut: Cut, wanted: Indices, arrived: Indices, piece: Collection[int]) -> tuple[int, ...]:
@@ -105,6 +105,19 @@ def completed(cut: Cut, wanted: Indices, arrived: Indices, piece: Collection[int
         for block in sorted(wanted.intersection(touched))
         if all(index in new or index in arrived for index in _needed_for(cut, block))
     )
+
+
+def common(ours: Sequence[range], theirs: Sequence[range]) -> Iterator[range]:
+    """What is in both of two rising lists of ranges that lie apart."""
+    i = j = 0
+    while i < len(ours) and j < len(theirs):
+        both = range(max(ours[i].start, theirs[j].start), min(ours[i].stop, theirs[j].stop))
+        if both:
+            yield both
+        if ours[i].stop < theirs[j].stop:
+            i += 1
+        else:
+            j += 1
 
 
 def _complete(cut: Cut, computed_tokens: int) -> int:
@@ -123,16 +136,3 @@ def _needed_for(cut: Cut, block: int) -> Iterator[int]:
     """The source's blocks that hold a block of the reader."""
     runs = tokens_of((block,), cut.reader_block, cut.prompt_tokens)
     return (index for run in runs for index in blocks_of(run, cut.source_block))
-
-
-def _common(ours: Sequence[range], theirs: Sequence[range]) -> Iterator[range]:
-    """Intersection of two rising lists of ranges."""
-    i = j = 0
-    while i < len(ours) and j < len(theirs):
-        both = range(max(ours[i].start, theirs[j].start), min(ours[i].stop, theirs[j].stop))
-        if both:
-            yield both
-        if ours[i].stop < theirs[j].stop:
-            i += 1
-        else:
-            j += 1

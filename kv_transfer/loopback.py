@@ -15,7 +15,8 @@ from .inbox import Inbox, deliver
 from .integrity import Bytes
 from .messages import Delivery, Message, Returned
 from .pool import Blocks
-from .transport import Moved, moved, read, write_verified
+from .recut import Into
+from .transport import Moved, moved, read, size_of, write_verified
 
 
 class Hub:
@@ -80,8 +81,8 @@ class LoopbackTransport:
     def offer(self, piece: Piece, blocks: Sequence[BlockId], reader: str) -> "Future[Moved]":
         return self._executor.submit(self._offer, piece, tuple(blocks), reader)
 
-    def pull(self, delivery: Delivery, into: Sequence[BlockId]) -> "Future[Moved]":
-        return self._executor.submit(self._pull, delivery, tuple(into))
+    def pull(self, delivery: Delivery, into: Into) -> "Future[Moved]":
+        return self._executor.submit(self._pull, delivery, into)
 
     def withdraw(self, ticket_id: TicketId) -> None:
         with self._lock:
@@ -112,11 +113,11 @@ class LoopbackTransport:
             self._kept.setdefault(piece.ticket_id, []).append(number)
         return moved(self.name, data.nbytes, len(blocks), start)
 
-    def _pull(self, delivery: Delivery, into: tuple[BlockId, ...]) -> Moved:
+    def _pull(self, delivery: Delivery, into: Into) -> Moved:
         piece, start = delivery.message, time_ns()
         assert isinstance(piece, Piece)
         try:
-            write_verified(self._pool, piece, self._hub.fetch(delivery.handles[0]), into)
+            num_bytes = write_verified(self._pool, piece, self._hub.fetch(delivery.handles[0]), into)
         except CorruptPiece:
-            write_verified(self._pool, piece, self._hub.fetch(delivery.handles[0]), into)
-        return moved(self.name, len(into) * self._pool.block_bytes, len(into), start)
+            num_bytes = write_verified(self._pool, piece, self._hub.fetch(delivery.handles[0]), into)
+        return moved(self.name, num_bytes, size_of(into), start)

@@ -40,8 +40,9 @@ from .integrity import checksums
 from .mapping import Mapping, fence
 from .messages import Delivery, Hello, PeerLost, Returned
 from .pool import BlockPool
+from .recut import Into, Recut
 from .streams import Stream, Streams
-from .transport import Moved, moved, parts
+from .transport import Moved, moved, parts, size_of
 
 Greet = Callable[[str, bytes], bytes]
 """Carries a record to the rank of an inbox and brings its answer. Raises TransferFailed."""
@@ -129,8 +130,8 @@ class MappedTransport:
     def offer(self, piece: Piece, blocks: Sequence[BlockId], reader: str) -> "Future[Moved]":
         return self._offers.submit(self._offer, piece, tuple(blocks), reader)
 
-    def pull(self, delivery: Delivery, into: Sequence[BlockId]) -> "Future[Moved]":
-        return self._pulls.submit(self._pull, delivery, tuple(into))
+    def pull(self, delivery: Delivery, into: Into) -> "Future[Moved]":
+        return self._pulls.submit(self._pull, delivery, into)
 
     def withdraw(self, ticket_id: TicketId) -> None:
         with self._lock:
@@ -294,7 +295,7 @@ class MappedTransport:
 
     # Reader
 
-    def _pull(self, delivery: Delivery, into: tuple[BlockId, ...]) -> Moved:
+    def _pull(self, delivery: Delivery, into: Into) -> Moved:
         piece, start = delivery.message, time_ns()
         source = delivery.handles[0]
         assert isinstance(piece, Piece)
@@ -302,17 +303,26 @@ class MappedTransport:
         mapping = source.mapping
         if mapping is None:
             raise TransferFailed(f"the source {piece.source} is gone")
-        if not mapping.fits(piece, len(into)):
+        if not mapping.fits(piece, len(piece.blocks) if isinstance(into, Recut) else len(into)):
             raise CorruptPiece(f"a piece of ticket {piece.ticket_id} names blocks that its source does not have")
         self._check(source, mapping, piece)
+        if isinstance(into, Recut):
+            num_bytes, bad = mapping.recut(piece, into, self._site.pool)
+        else:
+            num_bytes, bad = self._copy(mapping, piece, into)
+        self._check(source, mapping, piece)
+        if bad:
+            count, first = len(piece.blocks), piece.blocks[min(bad)]
+            raise CorruptPiece(f"{len(bad)} of {count} KV blocks arrived damaged (first: {first})")
+        return moved(self.name, num_bytes, size_of(into), start)
+
+    def _copy(self, mapping: Mapping, piece: Piece, into: Sequence[BlockId]) -> tuple[int, list[int]]:
+        """Gives how many bytes, and the positions of blocks that do not have their checksums."""
         bad = mapping.copy(piece, into, self._site.pool, range(len(into)))
         if bad:
             _log.warning("%d blocks of ticket %s arrived damaged, copying them again", len(bad), piece.ticket_id)
             bad = mapping.copy(piece, into, self._site.pool, sorted(bad))
-        self._check(source, mapping, piece)
-        if bad:
-            raise CorruptPiece(f"{len(bad)} of {len(into)} KV blocks arrived damaged (first: {piece.blocks[min(bad)]})")
-        return moved(self.name, len(into) * self._site.pool.block_bytes, len(into), start)
+        return len(into) * self._site.pool.block_bytes, bad
 
     def _check(self, source: Source, mapping: Mapping, piece: Piece) -> None:
         """Before the copy and after it. Raises LeaseExpired, TransferFailed."""

@@ -1,5 +1,6 @@
 """A source's KV pool in a reader's memory: opened once, read only, and copied from for as long as the source lives."""
 
+import logging
 import warnings
 from collections.abc import Sequence
 from time import perf_counter
@@ -17,11 +18,13 @@ from .copying import bad_positions, copy_rows
 from .integrity import Bytes
 from .pool import BlockPool, Blocks
 from .rank_pools import RankPools
+from .recut import Recut, write_recut
+from .reshape import TORCH_DTYPES
+
+_log = logging.getLogger(__name__)
 
 _PROBE_BYTES = 4 << 20
 _STAGED_BYTES = 4 << 20  # at a time, where both sides hold the heads differently
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Mapping:
@@ -81,6 +84,10 @@ class Mapping:
             return copy_rows(piece, at, self.plain, named, host, targets)
         return self._copy_staged(piece, into, pool, at)
 
+    def gather(self, blocks: Sequence[BlockId]) -> Bytes:
+        """A copy, [n, B] u8, all heads."""
+        return self.blocks.gather(blocks) if self.blocks is not None else self._pools[0][list(blocks)]
+
     def _copy_staged(self, piece: Piece, into: Sequence[BlockId], pool: Blocks, at: Sequence[int]) -> list[int]:
         """By way of whole blocks: one side holds the heads otherwise than the other."""
         bad: list[int] = []
@@ -88,12 +95,29 @@ class Mapping:
         for start in range(0, len(at), most):
             positions = at[start : start + most]
             named = [piece.source_blocks[i] for i in positions]
-            data = self.blocks.gather(named) if self.blocks is not None else self._pools[0][named]
+            data = self.gather(named)
             targets = [into[i] for i in positions]
             pool.scatter(targets, data)
             if piece.checksums:
                 bad += bad_positions(piece, positions, pool.gather(targets))
         return bad
+
+    def recut(self, piece: Piece, into: Recut, pool: Blocks) -> tuple[int, list[int]]:
+        """Write what the piece brings into `pool`, part by part, each checked before. Gives how many bytes were
+        written, and the positions of blocks that do not have their checksums; what is written then is not all."""
+        written, most = 0, max(1, _STAGED_BYTES // piece.geometry.block_bytes)
+        for start in range(0, len(piece.blocks), most):
+            at = range(start, min(start + most, len(piece.blocks)))
+            named = [piece.source_blocks[i] for i in at]
+            rows = self.gather(named)
+            if bad_positions(piece, at, rows):
+                _log.warning("blocks of ticket %s arrived damaged, copying them again", piece.ticket_id)
+                rows = self.gather(named)
+            bad = bad_positions(piece, at, rows)
+            if bad:
+                return written, bad
+            written += write_recut(pool, piece, at, rows, into)
+        return written, []
 
 
 def fence() -> None:
@@ -116,7 +140,7 @@ def _whole(pools: Sequence[Bytes], record: Capability) -> Blocks:
         warnings.simplefilter("ignore")  # that it can't be written to is what we want
         tensors = [
             torch.from_numpy(memory)
-            .view(_DTYPES[g.dtype])
+            .view(TORCH_DTYPES[g.dtype])
             .view(record.num_blocks, g.num_layers, 2, pool.num_heads, g.block_tokens, g.head_size)
             for memory, pool in zip(pools, record.pools, strict=True)
         ]

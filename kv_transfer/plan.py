@@ -7,28 +7,30 @@
 Blocks of different sizes are another matter, see cuts.py; reshape.py carries a plan out.
 """
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 
 from ..core.errors import GeometryMismatch
 from ..core.ids import BlockId
 from ..core.tickets import KV_WIDTHS, Geometry
 
-_UNITS = {
-    "num_layers": "layers",
-    "num_kv_heads": "KV heads",
-    "block_tokens": "tokens per block",
-    "first_layer": "first layer",
-}
+_UNITS = {"num_kv_heads": "KV heads", "head_size": "head_size"}
 
 
-def require_same(source: Geometry, reader: Geometry) -> None:
-    """Whole blocks move between equal geometries only. Raises GeometryMismatch that names every difference."""
-    _refuse(
-        f"{_UNITS.get(f.name, f.name)}: {getattr(source, f.name)} here, {getattr(reader, f.name)} at the reader"
-        for f in fields(Geometry)
-        if getattr(source, f.name) != getattr(reader, f.name)
-    )
+def require_bridged(source: Geometry, reader: Geometry) -> None:
+    """The source's KV can be made the reader's, in all of the reader's layers. Raises GeometryMismatch that names all
+    that keeps it from that."""
+    if source != reader:
+        _refuse((*_unbridged(source, reader), *_lacking(source, reader)))
+
+
+def keeps_keys(source: Geometry, reader: Geometry) -> bool:
+    """The reader may make what it got known under its own block keys, whose fingerprint names its dtype.
+
+    Not where it stores wider numbers than it got: who finds such a block, or one computed after it, would take it to be
+    exact.
+    """
+    return KV_WIDTHS[source.dtype] >= KV_WIDTHS[reader.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,11 @@ class Side:
 
     geometry: Geometry
     rank_heads: tuple[range, ...]  # the KV heads in each rank's pool; where ranks outnumber heads, several hold one
+
+    @classmethod
+    def whole(cls, geometry: Geometry) -> "Side":
+        """Of blocks that have all heads, as those of all ranks together do."""
+        return cls(geometry, (range(geometry.num_kv_heads),))
 
     def __post_init__(self) -> None:
         total = range(self.geometry.num_kv_heads)
@@ -74,12 +81,7 @@ class Plan:
 
     @property
     def keeps_keys(self) -> bool:
-        """The reader may make what it got known under its own block keys, whose fingerprint names its dtype.
-
-        Not where it stores wider numbers than it got: who finds such a block, or one computed after it, would take it
-        to be exact.
-        """
-        return KV_WIDTHS[self.source.geometry.dtype] >= KV_WIDTHS[self.reader.geometry.dtype]
+        return keeps_keys(self.source.geometry, self.reader.geometry)
 
 
 def plan_hand_over(source: Side, reader: Side) -> Plan:
@@ -138,12 +140,18 @@ def _unbridged(source: Geometry, reader: Geometry) -> Iterator[str]:
     for name in ("num_kv_heads", "head_size"):
         here, there = getattr(source, name), getattr(reader, name)
         if here != there:
-            yield f"{_UNITS.get(name, name)}: {here} here, {there} at the reader"
+            yield f"{_UNITS[name]}: {here} here, {there} at the reader"
     if not _common_layers(source, reader):
         yield f"layers: {_named(source.layers)} here, {_named(reader.layers)} at the reader, none in common"
     unknown = {source.dtype, reader.dtype} - KV_WIDTHS.keys()
     if unknown:
         yield f"dtype: {source.dtype} here, {reader.dtype} at the reader, and {min(unknown)} is not one we know"
+
+
+def _lacking(source: Geometry, reader: Geometry) -> Iterator[str]:
+    common = _common_layers(source, reader)
+    if common and common != reader.layers:
+        yield f"layers: {_named(source.layers)} here, {_named(reader.layers)} at the reader"
 
 
 def _same_model(source: Geometry, reader: Geometry) -> bool:
@@ -157,7 +165,7 @@ def _named(layers: range) -> str:
     return f"{layers.start} to {layers.stop - 1}"
 
 
-def _refuse(differences: Iterator[str]) -> None:
+def _refuse(differences: Iterable[str]) -> None:
     named = "; ".join(differences)
     if named:
         raise GeometryMismatch(f"the two workers' KV cannot be exchanged ({named})")

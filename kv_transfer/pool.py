@@ -1,6 +1,7 @@
 """A rank's KV pool as bytes: read scattered blocks into one run, write one run into scattered blocks."""
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,9 @@ from .integrity import Bytes
 
 class Blocks(Protocol):
     """Where a transport reads and writes a worker's blocks, each B bytes: all layers, K and V, all KV heads."""
+
+    changing: Lock
+    """Held by who gathers blocks, changes parts of them and scatters them again: others may change other parts."""
 
     @property
     def block_bytes(self) -> int: ...
@@ -36,6 +40,7 @@ class BlockPool:
         assert pool.dtype == torch.uint8, pool.dtype
         assert pool.ndim == 2, pool.shape
         assert pool.is_contiguous(), pool.stride()
+        self.changing = Lock()
         self._pool = pool
         self._host = pool.numpy() if pool.device.type == "cpu" else None
         cuda = pool.device.type == "cuda"

@@ -5,6 +5,7 @@ of rank r       [L, 2, G_r, P, D]        where there are more ranks than heads, 
 """
 
 from collections.abc import Sequence
+from threading import Lock
 
 import numpy as np
 import torch
@@ -17,6 +18,15 @@ from .pool import BlockPool, Blocks
 def whole_blocks(pools: Sequence[torch.Tensor], heads: Sequence[range]) -> Blocks:
     """pools: [N, L, 2, G_r, P, D] of each rank; heads: the KV heads in each. One alone is taken as it is."""
     return BlockPool(_as_bytes(pools[0])) if len(pools) == 1 else RankPools(pools, heads)
+
+
+def host_ranks(pool: Blocks, num_heads: int) -> list[tuple[Bytes, range]] | None:
+    """Each rank's memory, [N, B_r] u8, and which of all heads are in it. None: some of it is not in host memory."""
+    if isinstance(pool, RankPools):
+        return pool.hosts
+    if isinstance(pool, BlockPool) and pool.host is not None:
+        return [(pool.host, range(num_heads))]
+    return None
 
 
 class RankPools:
@@ -35,6 +45,7 @@ class RankPools:
             assert pool.shape == shape, (pool.shape, shape)
         num_heads = max(held.stop for held in heads)
         assert {head for held in heads for head in held} == set(range(num_heads)), heads
+        self.changing = Lock()
         self._pools = [BlockPool(_as_bytes(pool)) for pool in pools]
         self._heads = list(heads)
         self._readers = [at for at, held in enumerate(heads) if held not in heads[:at]]
@@ -44,6 +55,14 @@ class RankPools:
     @property
     def block_bytes(self) -> int:
         return int(np.prod(self._shape))
+
+    @property
+    def hosts(self) -> list[tuple[Bytes, range]] | None:
+        """Each rank's pool, [N, B_r] u8, and the heads in it, where all are in host memory."""
+        found = [
+            (pool.host, held) for pool, held in zip(self._pools, self._heads, strict=True) if pool.host is not None
+        ]
+        return found if len(found) == len(self._pools) else None
 
     def gather(self, blocks: Sequence[BlockId]) -> Bytes:
         whole = np.empty((len(blocks), *self._shape), dtype=np.uint8)

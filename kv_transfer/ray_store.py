@@ -8,7 +8,7 @@ Large blocks go from the pool into the store by themselves; small ones are gathe
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from threading import Lock, local
@@ -30,7 +30,8 @@ from .integrity import Bytes, checksums
 from .messages import Delivery, Returned
 from .pool import BlockPool, Blocks
 from .ray_ranks import RayRanks, short
-from .transport import Moved, moved, parts
+from .recut import Into, Recut, write_recut
+from .transport import Moved, moved, parts, size_of
 
 _PART_BYTES = 32 << 20  # the reader takes one while the next one is put
 _LARGE = 1 << 18  # blocks from this size on go into the store without being gathered
@@ -62,8 +63,8 @@ class RayStoreTransport:
     def offer(self, piece: Piece, blocks: Sequence[BlockId], reader: str) -> "Future[Moved]":
         return self._offers.submit(self._offer, piece, tuple(blocks), reader)
 
-    def pull(self, delivery: Delivery, into: Sequence[BlockId]) -> "Future[Moved]":
-        return self._pulls.submit(self._pull, delivery, tuple(into))
+    def pull(self, delivery: Delivery, into: Into) -> "Future[Moved]":
+        return self._pulls.submit(self._pull, delivery, into)
 
     def withdraw(self, ticket_id: TicketId) -> None:
         with self._lock:
@@ -120,9 +121,11 @@ class RayStoreTransport:
             stage = self._staged.memory = np.empty((len(blocks), host.shape[1]), dtype=np.uint8)
         return np.take(host, blocks, axis=0, out=stage[: len(blocks)], mode="clip")
 
-    def _pull(self, delivery: Delivery, into: tuple[BlockId, ...]) -> Moved:
+    def _pull(self, delivery: Delivery, into: Into) -> Moved:
         piece, start = delivery.message, time_ns()
         assert isinstance(piece, Piece)
+        if isinstance(into, Recut):
+            return moved(self.name, self._pull_recut(piece, delivery, into), size_of(into), start)
         bad = self._write(piece, self._fetch(delivery), into, range(len(into)))
         if bad:
             _log.warning("%d blocks of ticket %s arrived damaged, reading them again", len(bad), piece.ticket_id)
@@ -149,6 +152,18 @@ class RayStoreTransport:
             first += len(array)
         return bad
 
+    def _pull_recut(self, piece: Piece, delivery: Delivery, into: Recut) -> int:
+        """Gives how many bytes were written. Raises CorruptPiece, and then none was."""
+        arrays = self._fetch(delivery)
+        bad = _bad_of(piece, arrays)
+        if bad:
+            _log.warning("%d blocks of ticket %s arrived damaged, reading them again", len(bad), piece.ticket_id)
+            arrays = self._fetch(delivery)
+            bad = _bad_of(piece, arrays)
+        if bad:
+            raise CorruptPiece(f"{len(bad)} KV blocks arrived damaged (first: {piece.blocks[bad[0]]})")
+        return sum(write_recut(self._pool, piece, at, array, into) for at, array in _placed(arrays))
+
     def _fetch(self, delivery: Delivery) -> list[Bytes]:
         if not delivery.handles:
             return []
@@ -165,3 +180,19 @@ class RayStoreTransport:
             self._ranks.send(inbox, encode(message), [])
         except (RayError, ValueError) as error:
             _log.info("rank %s was not told of ticket %s: %s", inbox, message.ticket_id, short(error))
+
+
+def _placed(arrays: Sequence[Bytes]) -> Iterator[tuple[range, Bytes]]:
+    """Each with the positions of its blocks in the piece."""
+    first = 0
+    for array in arrays:
+        yield range(first, first + len(array)), array
+        first += len(array)
+
+
+def _bad_of(piece: Piece, arrays: Sequence[Bytes]) -> list[int]:
+    """Positions of the piece's blocks that are not what it says; all of them where there are more or fewer."""
+    count = len(piece.blocks)
+    if sum(map(len, arrays)) != count or len(piece.checksums) not in (0, count):
+        return list(range(count))
+    return [i for at, array in _placed(arrays) for i in bad_positions(piece, at, array)]

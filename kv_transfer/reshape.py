@@ -27,7 +27,7 @@ from .plan import Plan, Route, Side
 Numbers = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 
-_TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by width: numpy lacks our dtypes
 _CONVERTED_BYTES = 1 << 20  # at a time, where whole units allow it: a temporary that stays in the processor's cache
 
@@ -195,10 +195,10 @@ def _copy(source: Numbers, reader: Numbers, source_dtype: str, reader_dtype: str
     if source_dtype == reader_dtype:
         np.copyto(reader, source)
         return
-    numbers = torch.from_numpy(source).view(_TORCH[source_dtype])
+    numbers = torch.from_numpy(source).view(TORCH_DTYPES[source_dtype])
     if reader_dtype == "float8_e4m3fn":
         numbers = numbers.clamp(-ROUNDING[reader_dtype].largest, ROUNDING[reader_dtype].largest)  # torch promises none
-    torch.from_numpy(reader).view(_TORCH[reader_dtype]).copy_(numbers)
+    torch.from_numpy(reader).view(TORCH_DTYPES[reader_dtype]).copy_(numbers)
 
 
 def _token_bytes(route: Route, geometry: Geometry) -> int:
@@ -216,6 +216,6 @@ def _check(side: Side, held: Held) -> None:
     for pool, heads in zip(held.pools, side.rank_heads, strict=True):
         inner = (geometry.num_layers, 2, len(heads), geometry.block_tokens, geometry.head_size)
         assert pool.shape == (len(held.pools[0]), *inner), (pool.shape, inner)
-        assert pool.dtype == _TORCH[geometry.dtype], (pool.dtype, geometry.dtype)
+        assert pool.dtype == TORCH_DTYPES[geometry.dtype], (pool.dtype, geometry.dtype)
         assert pool.device.type == "cpu", pool.device
         assert pool.is_contiguous(), pool.stride()

@@ -17,6 +17,7 @@ from ..core.tickets import Piece
 from .integrity import Bytes, bad_blocks, checksums
 from .messages import Delivery, Returned
 from .pool import Blocks
+from .recut import Into, Recut, write_recut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +53,9 @@ class Transport(Protocol):
         `withdraw`, which it calls in every case: some transports copy them only when they are pulled.
         """
 
-    def pull(self, delivery: Delivery, into: Sequence[BlockId]) -> "Future[Moved]":
-        """Reader side: copy the announced piece's blocks into ours, in order, and verify them.
+    def pull(self, delivery: Delivery, into: Into) -> "Future[Moved]":
+        """Reader side: copy the announced piece's blocks into ours, in order or cut anew, and verify them. What is cut
+        anew is verified before.
 
         Fails with CorruptPiece (after reading twice), LeaseExpired (the source gave a block to another holder
         meanwhile) or TransferFailed: then only `into` holds garbage. Cancelling it before it has begun leaves `into` as
@@ -94,13 +96,21 @@ def parts(piece: Piece, blocks: Sequence[BlockId], most: int) -> Iterator[tuple[
         yield part, blocks[at : at + most]
 
 
-def write_verified(pool: Blocks, piece: Piece, data: Bytes, into: Sequence[BlockId]) -> None:
-    """Raises CorruptPiece, and then has written nothing."""
+def write_verified(pool: Blocks, piece: Piece, data: Bytes, into: Into) -> int:
+    """Gives how many bytes. Raises CorruptPiece, and then has written nothing."""
     bad = bad_blocks(piece.ticket_id, piece.blocks, data, piece.checksums)
     if bad:
         raise CorruptPiece(f"{len(bad)} of {len(piece.blocks)} KV blocks arrived damaged (first: {bad[0]})")
+    if isinstance(into, Recut):
+        return write_recut(pool, piece, range(len(piece.blocks)), data, into)
     if into:
         pool.scatter(into, data)
+    return data.nbytes
+
+
+def size_of(into: Into) -> int:
+    """How many of our blocks are written, wholly or in part."""
+    return len(into.table) if isinstance(into, Recut) else len(into)
 
 
 def moved(transport: str, num_bytes: int, num_blocks: int, start_ns: int) -> Moved:

@@ -168,7 +168,7 @@ class PrefillRole:
         if prompt is None:
             return  # ended meanwhile; the router releases the ticket
         try:
-            self._lending.open(sequence_id, ticket)
+            self._lending.open(sequence_id, ticket, len(prompt.request.prompt))
         except BatonError as error:
             self._fail(prompt, error)
             return

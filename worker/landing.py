@@ -16,10 +16,18 @@ from ..core.frames import Holder
 from ..core.ids import BlockId, Epoch, SequenceId, TicketId
 from ..core.tickets import Geometry, Piece, Ticket
 from ..engine.ledger import Ledger
+from ..kv_transfer.cuts import Cut, blocks_of, brought, completed, is_needed
 from ..kv_transfer.messages import Delivery, Returned
-from ..kv_transfer.plan import require_same
+from ..kv_transfer.plan import keeps_keys, require_bridged
+from ..kv_transfer.recut import Into, Recut
 from ..kv_transfer.transport import Moved, Transport
 from .lending import Identity, as_baton_error
+
+
+@dataclass(frozen=True, slots=True)
+class _Pull:
+    piece: Piece
+    writes: tuple[int, ...]  # blocks of ours, by index in the prompt
 
 
 @dataclass(slots=True)
@@ -29,12 +37,29 @@ class Reservation:
     table: list[BlockId]  # all blocks of the sequence, prompt first; all held by the reservation
     deadline: float
     missing: set[int]
-    asked: set[int] = field(default_factory=set)  # indices that a pull was started for
-    pulls: "dict[Future[Moved], Piece]" = field(default_factory=dict)
+    prompt_tokens: int
+    wanted: frozenset[int]
+    source: Geometry | None = None  # of all pieces, once one has come
+    asked: set[int] = field(default_factory=set)  # the source's blocks that a pull was started for, ...
+    arrived: set[int] = field(default_factory=set)  # ... and has ended for; where their shape is not ours
+    pulls: "dict[Future[Moved], _Pull]" = field(default_factory=dict)
     sources: dict[str, Epoch] = field(default_factory=dict)
     moved: list[Moved] = field(default_factory=list)
     first_token: int | None = None
     told: bool = False  # that it has landed
+
+    @property
+    def keeps_keys(self) -> bool:
+        """What has landed is what our own blocks of its keys would hold: see `keeps_keys`."""
+        return self.source is None or keeps_keys(self.source, self.ticket.geometry)
+
+    @property
+    def cut(self) -> Cut | None:
+        """Of the prompt, where the pieces' shape is not ours."""
+        if self.source is None or self.source == self.ticket.geometry:
+            return None
+        reader_block = self.ticket.geometry.block_tokens
+        return Cut(prompt_tokens=self.prompt_tokens, source_block=self.source.block_tokens, reader_block=reader_block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +112,13 @@ class Landing:
         self._ending: list[_Ending] = []
 
     def reserve(
-        self, sequence_id: SequenceId, ticket_id: TicketId, table: list[BlockId], wanted: Sequence[int], now: float
+        self,
+        sequence_id: SequenceId,
+        ticket_id: TicketId,
+        table: list[BlockId],
+        wanted: Sequence[int],
+        prompt_tokens: int,
+        now: float,
     ) -> Ticket:
         """Take over all of a sequence's blocks, held by the caller until now; ask for those of the `wanted` indices.
 
@@ -103,7 +134,9 @@ class Landing:
             lease_s=self._lease_s,
             inbox=self._identity.inbox,
         )
-        self._open[ticket_id] = Reservation(ticket, sequence_id, list(table), now + self._timeout_s, set(wanted))
+        self._open[ticket_id] = Reservation(
+            ticket, sequence_id, list(table), now + self._timeout_s, set(wanted), prompt_tokens, frozenset(wanted)
+        )
         return ticket
 
     def accept(self, delivery: Delivery, now: float) -> None:
@@ -117,8 +150,10 @@ class Landing:
         reservation = self._open.get(piece.ticket_id)
         if piece.reader_epoch != self._identity.epoch or reservation is None:
             raise StaleEpoch(f"ticket {piece.ticket_id} is not open in this life of the worker")
-        require_same(piece.geometry, self._geometry)
-        if not set(piece.blocks) <= set(reservation.ticket.wanted) or (piece.last and piece.first_token is None):
+        require_bridged(piece.geometry, self._geometry)
+        if reservation.source is None:
+            reservation.source = piece.geometry
+        if not _fits(reservation, piece):
             raise CorruptPiece(f"a piece of ticket {piece.ticket_id} does not fit what was asked for")
         reservation.sources[piece.source_inbox] = piece.source_epoch
         if piece.last:
@@ -127,8 +162,9 @@ class Landing:
             return
         reservation.asked.update(piece.blocks)
         reservation.deadline = now + self._timeout_s
-        pull = self._transport.pull(delivery, [reservation.table[index] for index in piece.blocks])
-        reservation.pulls[pull] = piece
+        into, writes = _place(reservation, piece)
+        pull = self._transport.pull(delivery, into)
+        reservation.pulls[pull] = _Pull(piece, writes)
         pull.add_done_callback(lambda _: self._wake())
 
     def refuse(self, piece: Piece, error: BatonError) -> None:
@@ -180,8 +216,8 @@ class Landing:
         if reservation is None:
             return
         self._tell_all(reservation, error)
-        busy = {pull: piece for pull, piece in reservation.pulls.items() if not (pull.cancel() or pull.done())}
-        written = {reservation.table[index] for piece in busy.values() for index in piece.blocks}
+        busy = {future: pull for future, pull in reservation.pulls.items() if not (future.cancel() or future.done())}
+        written = {reservation.table[index] for pull in busy.values() for index in pull.writes}
         self._ledger.release([block for block in reversed(reservation.table) if block not in written])
         if busy:
             self._ending.append(_Ending(reservation.sequence_id, sorted(written), list(busy)))
@@ -209,12 +245,12 @@ class Landing:
     def _settle(reservation: Reservation) -> BatonError | None:
         """Take in finished pulls; the error of one that failed."""
         error: BatonError | None = None
-        for pull in [pull for pull in reservation.pulls if pull.done()]:
-            piece = reservation.pulls.pop(pull)
-            problem = pull.exception()
+        for future in [future for future in reservation.pulls if future.done()]:
+            pull = reservation.pulls.pop(future)
+            problem = future.exception()
             if problem is None:
-                reservation.moved.append(pull.result())
-                reservation.missing.difference_update(piece.blocks)
+                reservation.moved.append(future.result())
+                _take_in(reservation, pull.piece)
             else:
                 error = error or as_baton_error(problem)
         return error
@@ -240,3 +276,33 @@ class Landing:
             error_message=str(error) if error else "",
         )
         self._transport.tell(inbox, message)
+
+
+def _fits(reservation: Reservation, piece: Piece) -> bool:
+    """It brings what was asked for and nothing else, in one shape, and ends with a first token."""
+    if piece.geometry != reservation.source or (piece.last and piece.first_token is None):
+        return False
+    cut, wanted = reservation.cut, reservation.wanted
+    if cut is None:
+        return wanted.issuperset(piece.blocks)
+    return all(is_needed(cut, wanted, index) for index in piece.blocks)
+
+
+def _place(reservation: Reservation, piece: Piece) -> tuple[Into, tuple[int, ...]]:
+    """Where a piece goes, and which of our blocks are written, by index in the prompt."""
+    cut, table = reservation.cut, reservation.table
+    if cut is None:
+        return [table[index] for index in piece.blocks], piece.blocks
+    tokens = brought(cut, reservation.wanted, piece.blocks)
+    writes = tuple(sorted({block for run in tokens for block in blocks_of(run, cut.reader_block)}))
+    return Recut(reservation.ticket.geometry, {index: table[index] for index in writes}, tokens), writes
+
+
+def _take_in(reservation: Reservation, piece: Piece) -> None:
+    """All of a piece is here."""
+    cut = reservation.cut
+    if cut is None:
+        reservation.missing.difference_update(piece.blocks)
+    else:
+        reservation.missing.difference_update(completed(cut, reservation.wanted, reservation.arrived, piece.blocks))
+        reservation.arrived.update(piece.blocks)

@@ -16,8 +16,9 @@ from ..core.frames import Holder
 from ..core.ids import BlockId, Epoch, SequenceId, WorkerId
 from ..core.tickets import Geometry, Piece, Ticket
 from ..engine.ledger import Ledger
+from ..kv_transfer.cuts import Cut, next_source_parcel
 from ..kv_transfer.messages import Returned
-from ..kv_transfer.plan import next_parcel, require_same
+from ..kv_transfer.plan import Parcel, next_parcel, require_bridged
 from ..kv_transfer.transport import Moved, Transport
 
 _log = logging.getLogger(__name__)
@@ -37,7 +38,10 @@ class Loan:
     ticket: Ticket
     sequence_id: SequenceId
     deadline: float | None = None  # once the last piece is offered; until then the sequence's own life bounds it
-    announced: set[int] = field(default_factory=set)
+    cut: Cut | None = None  # where the reader's blocks have another size
+    wanted: frozenset[int] = frozenset()  # the reader's blocks
+    announced: set[int] = field(default_factory=set)  # our blocks, by index in the prompt
+    announced_tokens: int = 0  # of the prompt: all before was announced, if it was wanted
     blocks: list[BlockId] = field(default_factory=list)  # held by this loan
     offers: "list[Future[Moved]]" = field(default_factory=list)
     moved: list[Moved] = field(default_factory=list)
@@ -73,15 +77,18 @@ class Lending:
         self._loans: dict[SequenceId, Loan] = {}
         self._closing: list[Loan] = []
 
-    def open(self, sequence_id: SequenceId, ticket: Ticket) -> None:
-        """Take a reader's ticket. The same one again changes nothing. Raises GeometryMismatch, RequestConflict."""
+    def open(self, sequence_id: SequenceId, ticket: Ticket, prompt_tokens: int) -> None:
+        """Take a reader's ticket for a prompt. The same one again changes nothing. Raises GeometryMismatch,
+        RequestConflict."""
         loan = self._loans.get(sequence_id)
         if loan is not None:
             if loan.ticket.ticket_id != ticket.ticket_id:
                 raise RequestConflict(f"sequence {sequence_id} is promised to another ticket already")
             return
-        require_same(self._geometry, ticket.geometry)
-        self._loans[sequence_id] = Loan(ticket, sequence_id)
+        require_bridged(self._geometry, ticket.geometry)
+        here, there = self._geometry.block_tokens, ticket.geometry.block_tokens
+        cut = None if here == there else Cut(prompt_tokens=prompt_tokens, source_block=here, reader_block=there)
+        self._loans[sequence_id] = Loan(ticket, sequence_id, cut=cut, wanted=frozenset(ticket.wanted))
 
     def announce(
         self, sequence_id: SequenceId, table: list[BlockId], complete: int, now: float, first_token: int | None = None
@@ -94,7 +101,7 @@ class Lending:
         loan = self._loans.get(sequence_id)
         if loan is None or loan.complete:
             return False
-        parcel = next_parcel(loan.ticket.wanted, loan.announced, table, complete)
+        parcel = _next_parcel(loan, table, complete, whole=first_token is not None)
         if not parcel.indices and first_token is None:
             return False
         self._ledger.hold(parcel.blocks)
@@ -208,6 +215,17 @@ class Lending:
         self._ledger.release(reversed(loan.blocks))
         loan.blocks = []
         return True
+
+
+def _next_parcel(loan: Loan, table: list[BlockId], complete: int, *, whole: bool) -> Parcel:
+    """whole: all of the prompt is computed."""
+    cut = loan.cut
+    if cut is None:
+        return next_parcel(loan.wanted, loan.announced, table, complete)
+    computed = cut.prompt_tokens if whole else min(complete * cut.source_block, cut.prompt_tokens)
+    parcel = next_source_parcel(cut, loan.wanted, table, loan.announced_tokens, computed)
+    loan.announced_tokens = max(computed, loan.announced_tokens)
+    return parcel
 
 
 def as_baton_error(problem: BaseException) -> BatonError:

@@ -283,7 +283,7 @@ def test_a_handshake_without_an_answer_takes_nothing_of_a_loans_lease(pairs: Pai
         lease_s=20.0,
         inbox="D",
     )
-    lending.open(SequenceId("s/0"), ticket)
+    lending.open(SequenceId("s/0"), ticket, 16)
     blocks = ledger.allocate(1)
     lending.announce(SequenceId("s/0"), blocks, 1, 0.0, first_token=3)
     reader.transport.pull(reader.next_delivery(), ids(2)).result(WAIT_S)

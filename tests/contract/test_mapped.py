@@ -471,7 +471,7 @@ def test_what_keeps_two_workers_from_mapping_is_said_in_words(tmp_path: Path) ->
         ({"host": replace(reader.host, boot_id="another")}, "different hosts"),
         ({"host": replace(reader.host, user=12345)}, "different users"),
         ({"host": replace(reader.host, pid_namespace="pid:[1]")}, "different containers"),
-        ({"geometry": replace(GEOMETRY, block_tokens=32)}, "tokens per block"),
+        ({"geometry": replace(GEOMETRY, head_size=32)}, "head_size: 16 here, 32 at the reader"),
     ):
         assert says in why_not_mapped(source, replace(reader, **change))  # type: ignore[arg-type]
 

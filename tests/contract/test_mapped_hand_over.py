@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis.stateful import rule
 
 from baton.core.ids import Epoch, WorkerId
+from baton.core.tickets import Geometry
 from baton.kv_transfer.encoding import Wire
 from baton.kv_transfer.inbox import Inbox
 from baton.kv_transfer.mapped import MappedTransport
@@ -42,8 +43,8 @@ class CountedInbox(Inbox):
 class MappedSide(Side):
     """As `Side`, with what it owns in shared memory. Its offers and pulls run when the machine says so."""
 
-    def __init__(self, name: str, epoch: int, folder: Path, sides: "dict[str, MappedSide]") -> None:
-        self.end = SharedEnd(name, GEOMETRY, BLOCKS, folder / str(epoch), checked=False)
+    def __init__(self, name: str, epoch: int, folder: Path, sides: "dict[str, MappedSide]", geometry: Geometry) -> None:
+        self.end = SharedEnd(name, geometry, BLOCKS, folder / str(epoch), checked=False)
         self.pool, self.ledger = self.end.pool, self.end.ledger
         self.inbox = self.counted = CountedInbox()
         self.crank = HandCranked()
@@ -72,7 +73,7 @@ class MappedHandOver(HandOver):
             self.sides["P"].counted.wait()
         folder = self.folder / str(epoch)
         folder.mkdir(exist_ok=True)
-        made = MappedSide(name, epoch, self.folder, self.sides)
+        made = MappedSide(name, epoch, self.folder, self.sides, self.SOURCE if name == "P" else self.READER)
         self.stack.callback(made.end.close)
         if name == "D":
             self.meet()
@@ -90,10 +91,10 @@ class MappedHandOver(HandOver):
         self.source.pool[blocks] = 0  # no canary is
         self.source.ledger.release(blocks)
 
-    @rule(blocks=st.integers(1, 4))
-    def a_source_takes_back_what_the_reader_has_heard_of(self, blocks: int) -> None:
+    @rule(count=st.integers(1, 4))
+    def a_source_takes_back_what_the_reader_has_heard_of(self, count: int) -> None:
         known = set(self.tables)
-        self.reserve(blocks=blocks, cached=0)
+        self.reserve(count=count, cached=0)
         for key in set(self.tables) - known:
             table = self.tables[key]
             self.lending.announce(key, table, len(table), self.now, 5)
@@ -138,5 +139,11 @@ def waits_for(stream: Stream, inbox: CountedInbox) -> None:
     stream.send = send  # type: ignore[method-assign]
 
 
+class MappedToOtherBlocks(MappedHandOver):
+    SOURCE, READER = replace(GEOMETRY, block_tokens=32), replace(GEOMETRY, block_tokens=48)
+
+
 MappedHandOver.TestCase.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+MappedToOtherBlocks.TestCase.settings = settings(max_examples=15, stateful_step_count=40, deadline=None)
 TestMappedHandOver = MappedHandOver.TestCase
+TestMappedToOtherBlocks = MappedToOtherBlocks.TestCase

@@ -3,13 +3,14 @@
 from collections import Counter
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 
 from baton.core.errors import GeometryMismatch
 from baton.core.ids import BlockId
 from baton.core.tickets import KV_WIDTHS, Geometry
-from baton.kv_transfer.plan import Parcel, Plan, Side, next_parcel, plan_hand_over, require_same
+from baton.kv_transfer.plan import Parcel, Plan, Side, next_parcel, plan_hand_over, require_bridged
 
 from .shapes import a_side
 
@@ -19,27 +20,28 @@ SIZES = (1, 2, 4, 8)
 LAYERS = [(range(4), range(4)), (range(4), range(2)), (range(2), range(1, 4)), (range(8, 12), range(9, 10))]
 
 
-def test_equal_geometries_may_exchange() -> None:
-    require_same(GEOMETRY, replace(GEOMETRY))
+@pytest.mark.parametrize("change", [{}, {"block_tokens": 32}, {"dtype": "bfloat16"}, {"num_layers": 1}])
+def test_what_can_be_bridged_may_be_exchanged(change: dict[str, Any]) -> None:
+    require_bridged(GEOMETRY, replace(GEOMETRY, **change))
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "says"),
     [
-        {"num_layers": 3},
-        {"first_layer": 16},
-        {"num_kv_heads": 2},
-        {"head_size": 32},
-        {"block_tokens": 32},
-        {"dtype": "bfloat16"},
-        {"fingerprint": "another model"},
-        {"model": "another model"},
+        ({"num_layers": 3}, "layers: 0 to 1 here, 0 to 2 at the reader"),
+        ({"first_layer": 1}, "layers: 0 to 1 here, 1 to 2 at the reader"),
+        ({"first_layer": 16}, "none in common"),
+        (
+            {"num_kv_heads": 2, "head_size": 32},
+            "KV heads: 1 here, 2 at the reader; head_size: 64 here, 32 at the reader",
+        ),
+        ({"dtype": "int8"}, "int8 is not one we know"),
+        ({"fingerprint": "another model"}, "model: m here, another model at the reader"),
     ],
 )
-def test_any_difference_is_refused_and_named(change: dict[str, object]) -> None:
-    with pytest.raises(GeometryMismatch) as refusal:
-        require_same(GEOMETRY, replace(GEOMETRY, **change))
-    assert all(str(value) in str(refusal.value) for value in change.values())
+def test_what_no_copy_can_bridge_is_refused_and_named(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(GeometryMismatch, match=says):
+        require_bridged(GEOMETRY, replace(GEOMETRY, **change))
 
 
 def test_a_parcel_holds_what_is_wanted_complete_and_not_announced_yet() -> None:

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from baton.core.errors import BatonError, Cancelled, StaleEpoch
 from baton.core.frames import Holder
 from baton.core.ids import BlockId, Epoch, SequenceId, TicketId, WorkerId
+from baton.core.tickets import Geometry
 from baton.engine.ledger import Ledger
 from baton.kv_transfer.inbox import Inbox
 from baton.kv_transfer.loopback import Hub, LoopbackTransport
@@ -25,14 +26,15 @@ from baton.worker.loop import unaccounted
 from ...fakes import GEOMETRY, HandCranked
 
 BLOCKS = 12
+UNIT = 16  # tokens
 LEASE_S = 10.0
 
 
 class Side:
     """A rank's pool, ledger, inbox and transport."""
 
-    def __init__(self, hub: Hub, name: str, epoch: int) -> None:
-        self.pool = torch.zeros(BLOCKS, GEOMETRY.block_bytes, dtype=torch.uint8)
+    def __init__(self, hub: Hub, name: str, epoch: int, geometry: Geometry = GEOMETRY) -> None:
+        self.pool = torch.zeros(BLOCKS, geometry.block_bytes, dtype=torch.uint8)
         self.ledger = Ledger(BLOCKS)
         self.inbox = Inbox()
         self.crank = HandCranked()
@@ -41,7 +43,15 @@ class Side:
         hub.join(name, self.inbox)
 
 
+def units(pool: torch.Tensor, geometry: Geometry, table: list[BlockId], index: int) -> torch.Tensor:
+    """A view of 16 tokens of a prompt in its blocks, K and V, as bytes."""
+    parts = geometry.block_tokens // UNIT
+    return pool.view(len(pool), 2, parts, -1)[table[index // parts], :, index % parts]
+
+
 class HandOver(RuleBasedStateMachine):
+    SOURCE = READER = GEOMETRY
+
     def __init__(self) -> None:
         super().__init__()
         self.hub = Hub()
@@ -49,9 +59,9 @@ class HandOver(RuleBasedStateMachine):
         self.count = 0
         self.source = self.make_side("P", 1)
         self.lending = Lending(
-            self.source.ledger, self.source.transport, GEOMETRY, self.source.identity, LEASE_S, lambda: None
+            self.source.ledger, self.source.transport, self.SOURCE, self.source.identity, LEASE_S, lambda: None
         )
-        self.canary: dict[SequenceId, list[int]] = {}  # byte of each prompt block
+        self.canary: dict[SequenceId, list[int]] = {}  # byte of each 16 tokens of a prompt
         self.tables: dict[SequenceId, list[BlockId]] = {}  # the source's, while its sequence holds them
         self.tickets: dict[SequenceId, TicketId] = {}
         self.given: dict[SequenceId, list[BlockId]] = {}  # the reader's own, committed
@@ -60,7 +70,7 @@ class HandOver(RuleBasedStateMachine):
         self.new_reader()
 
     def make_side(self, name: str, epoch: int) -> Side:
-        return Side(self.hub, name, epoch)
+        return Side(self.hub, name, epoch, self.SOURCE if name == "P" else self.READER)
 
     def new_reader(self) -> None:
         self.epoch += 1
@@ -68,32 +78,34 @@ class HandOver(RuleBasedStateMachine):
         self.landing = Landing(
             self.reader.ledger,
             self.reader.transport,
-            GEOMETRY,
+            self.READER,
             self.reader.identity,
             lease_s=LEASE_S,
             timeout_s=LEASE_S,
             wake=lambda: None,
         )
 
-    @rule(blocks=st.integers(1, 4), cached=st.integers(0, 4))
-    def reserve(self, blocks: int, cached: int) -> None:
-        if self.source.ledger.available < blocks or self.reader.ledger.available < blocks + 1:
+    @rule(count=st.integers(1, 4), cached=st.integers(0, 4))
+    def reserve(self, count: int, cached: int) -> None:
+        """A prompt of so many units of 16 tokens, whose first blocks the reader may have."""
+        there, here = (-(-count * UNIT // side.block_tokens) for side in (self.SOURCE, self.READER))
+        if self.source.ledger.available < there or self.reader.ledger.available < here + 1:
             return
         self.count += 1
         key = SequenceId(f"s{self.count}/0")
-        table = self.source.ledger.allocate(blocks)
+        table = self.source.ledger.allocate(there)
         self.tables[key] = table
-        self.canary[key] = [(self.count * 7 + i) % 255 + 1 for i in range(blocks)]
-        for block, byte in zip(table, self.canary[key], strict=True):
-            self.source.pool[block] = byte
-        held = self.reader.ledger.allocate(blocks + 1)
-        have = min(cached, blocks)
-        for block, byte in zip(held[:have], self.canary[key], strict=False):
-            self.reader.pool[block] = byte
+        self.canary[key] = [(self.count * 7 + i) % 255 + 1 for i in range(count)]
+        for index, byte in enumerate(self.canary[key]):
+            units(self.source.pool, self.SOURCE, table, index)[:] = byte
+        held = self.reader.ledger.allocate(here + 1)
+        have = min(cached, here)
+        for index in range(min(have * self.READER.block_tokens // UNIT, count)):
+            units(self.reader.pool, self.READER, held, index)[:] = self.canary[key][index]
         self.tickets[key] = TicketId(f"t{self.count}")
-        ticket = self.landing.reserve(key, self.tickets[key], held, range(have, blocks), self.now)
-        self.lending.open(key, ticket)
-        self.lending.open(key, ticket)  # twice is as good as once
+        ticket = self.landing.reserve(key, self.tickets[key], held, range(have, here), count * UNIT, self.now)
+        self.lending.open(key, ticket, count * UNIT)
+        self.lending.open(key, ticket, count * UNIT)  # twice is as good as once
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data(), last=st.booleans())
@@ -208,8 +220,8 @@ class HandOver(RuleBasedStateMachine):
     @invariant()
     def what_was_committed_is_what_the_source_computed(self) -> None:
         for key, blocks in self.given.items():
-            for block, byte in zip(blocks, self.canary[key], strict=False):
-                assert bool((self.reader.pool[block] == byte).all()), (key, block)
+            for index, byte in enumerate(self.canary[key]):
+                assert bool((units(self.reader.pool, self.READER, blocks, index) == byte).all()), (key, index)
 
     def teardown(self) -> None:
         for key in list(self.canary):
@@ -239,6 +251,22 @@ HandOver.TestCase.settings = settings(max_examples=60, stateful_step_count=40, d
 TestHandOver = HandOver.TestCase
 
 
+class ToLargerBlocks(HandOver):
+    """Two thirds of a block of the reader are one of the source."""
+
+    SOURCE, READER = replace(GEOMETRY, block_tokens=32), replace(GEOMETRY, block_tokens=48)
+
+
+class ToSmallerBlocks(HandOver):
+    SOURCE = replace(GEOMETRY, block_tokens=32)
+
+
+for machine in (ToLargerBlocks, ToSmallerBlocks):
+    machine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+TestToLargerBlocks = ToLargerBlocks.TestCase
+TestToSmallerBlocks = ToSmallerBlocks.TestCase
+
+
 @pytest.fixture
 def sides() -> tuple[Side, Side]:
     hub = Hub()
@@ -265,8 +293,8 @@ def test_a_piece_of_an_aborted_ticket_is_refused_and_its_source_told(sides: tupl
     source, reader = sides
     landing, lending = landing_of(reader), lending_of(source)
     key, blocks = SequenceId("a/0"), source.ledger.allocate(1)
-    ticket = landing.reserve(key, TicketId("t"), reader.ledger.allocate(1), [0], 0.0)
-    lending.open(key, ticket)
+    ticket = landing.reserve(key, TicketId("t"), reader.ledger.allocate(1), [0], 16, 0.0)
+    lending.open(key, ticket, 16)
     lending.announce(key, blocks, 1, 0.0, first_token=3)
     source.ledger.release(blocks)
     source.crank.run()
@@ -291,8 +319,8 @@ def test_blocks_that_a_pull_still_writes_stay_held_after_an_abort(sides: tuple[S
     landing, lending = landing_of(reader), lending_of(source)
     key, blocks = SequenceId("a/0"), source.ledger.allocate(2)
     source.pool[blocks] = 9
-    ticket = landing.reserve(key, TicketId("t"), reader.ledger.allocate(3), [0, 1], 0.0)
-    lending.open(key, ticket)
+    ticket = landing.reserve(key, TicketId("t"), reader.ledger.allocate(3), [0, 1], 32, 0.0)
+    lending.open(key, ticket, 32)
     lending.announce(key, blocks, 1, 0.0)
     source.crank.run()
     landing.accept(reader.inbox.drain()[0], 0.0)
@@ -310,10 +338,10 @@ def test_a_block_that_two_pieces_bring_is_committed_when_both_have_ended(sides: 
     source, reader = sides
     landing = landing_of(reader)
     key, blocks = SequenceId("a/0"), source.ledger.allocate(2)
-    ticket = landing.reserve(key, TicketId("t"), reader.ledger.allocate(2), [0, 1], 0.0)
+    ticket = landing.reserve(key, TicketId("t"), reader.ledger.allocate(2), [0, 1], 32, 0.0)
     for indices in ((0,), (0, 1)):  # no source of ours does that
         lending = lending_of(source)
-        lending.open(key, replace(ticket, wanted=indices))
+        lending.open(key, replace(ticket, wanted=indices), 32)
         lending.announce(key, blocks, 2, 0.0, first_token=3)
     source.crank.run()
     for delivery in reader.inbox.drain():
@@ -333,8 +361,8 @@ def test_a_damaged_block_fails_the_sequence_as_retryable(sides: tuple[Side, Side
     source, reader = sides
     landing, lending = landing_of(reader), lending_of(source)
     key, blocks = SequenceId("a/0"), source.ledger.allocate(1)
-    ticket = landing.reserve(key, TicketId("t"), reader.ledger.allocate(1), [0], 0.0)
-    lending.open(key, ticket)
+    ticket = landing.reserve(key, TicketId("t"), reader.ledger.allocate(1), [0], 16, 0.0)
+    lending.open(key, ticket, 16)
     lending.announce(key, blocks, 1, 0.0, first_token=3)
     source.crank.run()
     (delivery,) = reader.inbox.drain()
@@ -354,7 +382,7 @@ def test_a_reader_that_never_answers_loses_its_loan_when_the_lease_ends(sides: t
     source, reader = sides
     landing, lending = landing_of(reader), lending_of(source)
     key, blocks = SequenceId("a/0"), source.ledger.allocate(1)
-    lending.open(key, landing.reserve(key, TicketId("t"), reader.ledger.allocate(1), [0], 0.0))
+    lending.open(key, landing.reserve(key, TicketId("t"), reader.ledger.allocate(1), [0], 16, 0.0), 16)
     lending.announce(key, blocks, 1, 0.0, first_token=3)
     source.ledger.release(blocks)
     source.crank.run()
@@ -371,7 +399,7 @@ def test_a_lease_begins_anew_when_a_slow_announcement_has_arrived(sides: tuple[S
     source, reader = sides
     landing, lending = landing_of(reader), lending_of(source)
     key, blocks = SequenceId("a/0"), source.ledger.allocate(1)
-    lending.open(key, landing.reserve(key, TicketId("t"), reader.ledger.allocate(1), [0], 0.0))
+    lending.open(key, landing.reserve(key, TicketId("t"), reader.ledger.allocate(1), [0], 16, 0.0), 16)
     lending.announce(key, blocks, 1, 0.0, first_token=3)
     assert lending.next_deadline() == LEASE_S
     source.crank.run()
@@ -385,7 +413,7 @@ def test_a_lost_source_fails_what_waits_for_it_and_nothing_else(sides: tuple[Sid
     blocks = source.ledger.allocate(2)
     for name, complete, token in (("half", 1, None), ("whole", 2, 3), ("unheard", 0, None)):
         key = SequenceId(f"{name}/0")
-        lending.open(key, landing.reserve(key, TicketId(name), reader.ledger.allocate(2), [0, 1], 0.0))
+        lending.open(key, landing.reserve(key, TicketId(name), reader.ledger.allocate(2), [0, 1], 32, 0.0), 32)
         lending.announce(key, blocks, complete, 0.0, token)
     source.crank.run()
     for delivery in reader.inbox.drain():
@@ -405,7 +433,7 @@ def test_a_lost_reader_gives_its_blocks_back_at_once(sides: tuple[Side, Side]) -
     source, reader = sides
     landing, lending = landing_of(reader), lending_of(source)
     key, blocks = SequenceId("a/0"), source.ledger.allocate(1)
-    lending.open(key, landing.reserve(key, TicketId("t"), reader.ledger.allocate(1), [0], 0.0))
+    lending.open(key, landing.reserve(key, TicketId("t"), reader.ledger.allocate(1), [0], 16, 0.0), 16)
     lending.announce(key, blocks, 1, 0.0, first_token=3)
     source.ledger.release(blocks)
     source.crank.run()
