@@ -32,6 +32,9 @@ class ServeConfig:
     decode: int = 1
     both: int = 0
     tp: int = 1
+    prefill_tp: int | None = None  # None, here and below: as all workers
+    prefill_block_tokens: int | None = None
+    prefill_dtype: str | None = None
     max_model_len: int | None = None  # tokens; None: what the model allows
     kv_memory: int | None = None  # bytes of each worker, in all its ranks; None: from what is free
     swap_memory: int | None = None  # bytes of each worker that decodes; None: from what is free
@@ -64,6 +67,22 @@ class ServeConfig:
     @property
     def num_workers(self) -> int:
         return self.prefill + self.decode + self.both
+
+    def tp_of(self, role: str) -> int:
+        return self.prefill_tp or self.tp if role == "prefill" else self.tp
+
+    def block_tokens_of(self, role: str) -> int:
+        return self.prefill_block_tokens or self.block_tokens if role == "prefill" else self.block_tokens
+
+    @property
+    def most_tp(self) -> int:
+        """Ranks of the worker that has most."""
+        return max(self.tp, self.tp_of("prefill")) if self.prefill else self.tp
+
+    @property
+    def num_ranks(self) -> int:
+        """Of all workers."""
+        return self.prefill * self.tp_of("prefill") + (self.num_workers - self.prefill) * self.tp
 
     @property
     def num_decoding(self) -> int:
@@ -131,6 +150,19 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("both", _count(0, 64), "workers that do both, for light loads (default: 0)", "N"),
     Setting(
         "tp", _count(1, 64), "tensor-parallel ranks of each worker, each with a part of the model (default: 1)", "N"
+    ),
+    Setting("prefill_tp", _count(1, 64), "ranks of each prefill worker, if they differ (default: --tp)", "N"),
+    Setting(
+        "prefill_block_tokens",
+        _block_tokens,
+        "tokens of one KV block of prefill workers (default: --block-tokens)",
+        "N",
+    ),
+    Setting(
+        "prefill_dtype",
+        _one_of("bfloat16", "float32"),
+        "bfloat16 or float32, of prefill workers (default: --dtype)",
+        "DTYPE",
     ),
     Setting("max_model_len", _count(16), "tokens of prompt and answer together (default: what the model allows)", "N"),
     Setting("kv_memory", parse_size, "KV cache of each worker, e.g. 512MiB (default: from what is free)", "SIZE"),

@@ -51,6 +51,7 @@ class ClusterPlan:
     model_dir: Path
     model_name: str
     size: preflight.ModelSize
+    prefill_size: preflight.ModelSize  # the same model, as prefill workers run it
     max_model_len: int  # tokens of prompt and answer
     kv_bytes: int  # of each worker; 0: what its GPU has free
     swap_bytes: int  # of host memory, of each worker that decodes
@@ -61,6 +62,7 @@ class ClusterPlan:
     def workers(self, redis_url: str, rings: Path, logs: Path) -> list[WorkerPlan]:
         config = self.config
         names = [(role, n) for role in ROLES for n in range(getattr(config, role))]
+        sizes = {role: self.prefill_size if role == "prefill" else self.size for role in ROLES}
         return [
             WorkerPlan(
                 config=WorkerConfig(
@@ -69,11 +71,11 @@ class ClusterPlan:
                     role=role,
                     model_dir=self.model_dir,
                     model_name=self.model_name,
-                    dtype=self.size.dtype,
+                    dtype=sizes[role].dtype,
                     device="cuda" if self.num_gpus else "cpu",
-                    tp=config.tp,
-                    kv_bytes=self.kv_bytes // config.tp,
-                    block_tokens=config.block_tokens,
+                    tp=config.tp_of(role),
+                    kv_bytes=self.kv_bytes // config.tp_of(role),
+                    block_tokens=config.block_tokens_of(role),
                     transport=config.transport,
                     kv_checksums=config.kv_checksums,
                     max_model_len=self.max_model_len,
@@ -94,8 +96,8 @@ class ClusterPlan:
                 ),
                 log=logs / f"{role}-{n}.log",
                 log_level=config.log_level,
-                gpu_share=gpu_share(self.num_gpus, len(names) * config.tp),
-                rank_weight_bytes=self.size.rank_weight_bytes,
+                gpu_share=gpu_share(self.num_gpus, config.num_ranks),
+                rank_weight_bytes=sizes[role].rank_weight_bytes,
             )
             for role, n in names
         ]
@@ -129,17 +131,21 @@ def plan_cluster(config: ServeConfig, model_dir: Path, api_keys: tuple[str, ...]
     # A model in bfloat16 is no use on a CPU that would take ten times as long for it.
     dtype = "float32" if config.dtype == "auto" and not num_gpus and not computes_bfloat16() else config.dtype
     size = preflight.measure_model(model_dir, dtype, config.tp)
+    prefill_size = preflight.measure_model(model_dir, config.prefill_dtype or dtype, config.tp_of("prefill"))
     context = preflight.settle_context(config, size)
+    # Memory is reckoned as if all workers were like the largest.
+    largest = max(size, prefill_size, key=lambda one: one.weight_bytes + context * one.kv_bytes_per_token)
     free_bytes = free_memory()
     kv_bytes = config.kv_memory or 0
     if not num_gpus:
-        kv_bytes = preflight.settle_kv_bytes(config, size, context, free_bytes)
-    swap_bytes = preflight.settle_swap_bytes(config, size, 0 if num_gpus else kv_bytes, free_bytes)
+        kv_bytes = preflight.settle_kv_bytes(config, largest, context, free_bytes)
+    swap_bytes = preflight.settle_swap_bytes(config, largest, 0 if num_gpus else kv_bytes, free_bytes)
     return ClusterPlan(
         config=config,
         model_dir=model_dir,
         model_name=config.served_name or served_name(config.model, model_dir),
         size=size,
+        prefill_size=prefill_size,
         max_model_len=context,
         kv_bytes=kv_bytes,
         swap_bytes=swap_bytes,

@@ -132,11 +132,12 @@ def _rank_share(config: Mapping[str, Any], tp: int) -> float:
 
 def check_gpus(config: ServeConfig, num_gpus: int) -> None:
     """Raises ConfigError where ranks of one worker would share a GPU: NCCL knows no two on one."""
-    needed = config.num_workers * config.tp
-    if config.tp > 1 and 0 < num_gpus < needed:
+    needed = config.num_ranks
+    if config.most_tp > 1 and 0 < num_gpus < needed:
+        flag = "--tp" if config.tp == config.most_tp else "--prefill-tp"
         raise ConfigError(
-            f"--tp is {config.tp}: {config.num_workers} workers of {config.tp} ranks need {needed} GPUs, and here are "
-            f"{num_gpus}: lower --tp, or have fewer workers (--both 1 is one alone)."
+            f"{flag} is {config.most_tp}: the {needed} ranks of {config.num_workers} workers need {needed} GPUs, and "
+            f"here are {num_gpus}: lower {flag}, or have fewer workers (--both 1 is one alone)."
         )
 
 
@@ -196,7 +197,7 @@ def _without_kv(config: ServeConfig, size: ModelSize) -> int:
 
 def _processes(config: ServeConfig) -> int:
     """Bytes of a worker's processes, without weights and KV."""
-    return _PROCESS_BYTES + (config.tp - 1) * _RANK_BYTES
+    return _PROCESS_BYTES + (config.most_tp - 1) * _RANK_BYTES
 
 
 def _flag(name: str) -> str:

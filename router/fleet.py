@@ -84,7 +84,7 @@ class Fleet:
         kinds: dict[Role, set[str]] = {role: set() for role in Role}
         for view in self.views():
             if not view.draining:
-                kinds[view.role].add(view.fingerprint)
+                kinds[view.role].add(view.model_fingerprint)
         return bool(kinds[Role.BOTH] or kinds[Role.PREFILL] & kinds[Role.DECODE])
 
     def linked(self, role: Role) -> int:

@@ -36,7 +36,7 @@ class WorkerView:
 
     worker_id: WorkerId
     role: Role
-    fingerprint: str  # workers of different ones can't exchange blocks
+    model_fingerprint: str  # workers of different ones can't exchange KV
     block_tokens: int
     total_blocks: int
     free_blocks: int  # free or evictable, less what is claimed
@@ -119,15 +119,15 @@ def _pair(need: Need, prefills: Sequence[WorkerView], decodes: Sequence[WorkerVi
     prefills = _holding_prompt(need, prefills)
     if not prefills:
         return _too_long(need, Role.PREFILL)
-    known = {view.fingerprint for view in prefills}
-    matching = [view for view in decodes if view.fingerprint in known]
+    known = {view.model_fingerprint for view in prefills}
+    matching = [view for view in decodes if view.model_fingerprint in known]
     if not matching:
         return NoPlace(reason="prefill and decode workers serve different models")
     able = _with_room(need, matching)
     if not able:
         return _no_room(need, matching)
     decode = min(able, key=lambda view: _decode_rank(view, need))
-    partners = [view for view in prefills if view.fingerprint == decode.fingerprint]
+    partners = [view for view in prefills if view.model_fingerprint == decode.model_fingerprint]
     prefill = min(partners, key=lambda view: _prefill_rank(view, need))
     reason = f"{_why_prefill(prefill, partners)}; {_why_decode(decode, able)}"
     return _Choice(

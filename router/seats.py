@@ -57,7 +57,7 @@ class Member:
         return WorkerView(
             worker_id=record.worker_id,
             role=self.role,
-            fingerprint=record.fingerprint,
+            model_fingerprint=record.model_fingerprint,
             block_tokens=record.block_tokens,
             total_blocks=record.num_blocks,
             free_blocks=load.free_blocks - sum(seat.blocks for seat in uncounted),

@@ -57,7 +57,8 @@ class WorkerRecord:
     role: str  # one of ROLES
     address: str  # gRPC, "host:port"
     model: str
-    fingerprint: str
+    fingerprint: str  # of model and KV dtype, as in block keys
+    model_fingerprint: str  # of the model alone: workers of equal ones can exchange KV
     max_model_len: int
     vocab_size: int
     dtype: str

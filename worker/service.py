@@ -225,6 +225,7 @@ def _record(config: WorkerConfig, loaded: Ready, address: str, metrics_address: 
         address=address,
         model=config.model_name,
         fingerprint=loaded.geometry.fingerprint,
+        model_fingerprint=loaded.geometry.model or loaded.geometry.fingerprint,
         max_model_len=loaded.max_model_len,
         vocab_size=loaded.vocab_size,
         dtype=loaded.geometry.dtype,

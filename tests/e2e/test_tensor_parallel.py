@@ -28,19 +28,19 @@ from .test_trace import carried_by, carried_ways, settled
 def flags_of(device: str, num_ranks: int) -> list[str]:
     if device == "cuda" and torch.cuda.device_count() < num_ranks:
         pytest.skip(f"each of {num_ranks} ranks needs a GPU of its own")
-    return ["--model", str(MODEL), "--dtype", "float32", "--device", device, "--tp", "2"]
+    return ["--model", str(MODEL), "--dtype", "float32", "--device", device]
 
 
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory, device: str) -> Iterator[Cluster]:
-    with serve(tmp_path_factory.mktemp("apart"), *flags_of(device, 4)) as running:
+    with serve(tmp_path_factory.mktemp("apart"), *flags_of(device, 4), "--tp", "2") as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory, device: str) -> Iterator[Cluster]:
     """One worker that does both, whose blocks run out."""
-    flags = [*flags_of(device, 2), "--both", "1", *TIGHT]
+    flags = [*flags_of(device, 2), "--tp", "2", "--both", "1", *TIGHT]
     with serve(tmp_path_factory.mktemp("together"), *flags) as running:
         yield running
 

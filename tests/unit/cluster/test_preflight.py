@@ -66,8 +66,10 @@ def test_each_rank_more_costs_its_process() -> None:
 def test_ranks_of_a_worker_do_not_share_a_gpu() -> None:
     for tp, gpus in [(1, 1), (2, 4), (2, 8), (2, 0)]:  # 0: on the CPU
         preflight.check_gpus(ServeConfig(tp=tp), gpus)
-    with pytest.raises(ConfigError, match=r"2 workers of 2 ranks need 4 GPUs, and here are 2: .*--both 1"):
+    with pytest.raises(ConfigError, match=r"--tp is 2: the 4 ranks of 2 workers need 4 GPUs, .* are 2: .*--both 1"):
         preflight.check_gpus(ServeConfig(tp=2), 2)
+    with pytest.raises(ConfigError, match=r"--prefill-tp is 2: the 3 ranks .* are 2: lower --prefill-tp"):
+        preflight.check_gpus(ServeConfig(prefill_tp=2), 2)
     preflight.check_gpus(ServeConfig(tp=2, prefill=0, decode=0, both=1), 2)
 
 

@@ -70,6 +70,7 @@ def a_record(name: str, role: str, epoch: int = 1, **fields: Any) -> WorkerRecor
         "address": f"{name}:1",
         "model": "m",
         "fingerprint": "f",
+        "model_fingerprint": "g",
         "max_model_len": 100,
         "vocab_size": 300,
         "dtype": "float32",

@@ -11,7 +11,7 @@ NEED = Need(prompt_tokens=100, max_tokens=28)
 
 
 def view(name: str, role: Role, **fields: Any) -> WorkerView:
-    defaults = {"fingerprint": "f", "block_tokens": 16, "total_blocks": 100, "free_blocks": 100}
+    defaults = {"model_fingerprint": "f", "block_tokens": 16, "total_blocks": 100, "free_blocks": 100}
     return WorkerView(worker_id=WorkerId(name), role=role, **{**defaults, **fields})
 
 
@@ -142,9 +142,9 @@ def test_one_token_needs_no_decode_worker() -> None:
 
 
 def test_workers_of_different_models_are_no_pair() -> None:
-    found = placed(prefill("p1", fingerprint="x"), prefill("p2", waiting_tokens=9), decode())
+    found = placed(prefill("p1", model_fingerprint="x"), prefill("p2", waiting_tokens=9), decode())
     assert (found.prefill, found.decode) == ("p2", "d")
-    assert not refused(prefill(fingerprint="x"), decode(fingerprint="y")).full
+    assert not refused(prefill(model_fingerprint="x"), decode(model_fingerprint="y")).full
 
 
 def test_who_failed_before_is_asked_only_when_there_is_no_other() -> None:
@@ -164,7 +164,7 @@ def test_who_failed_before_is_asked_only_when_there_is_no_other() -> None:
             waiting_tokens=st.integers(0, 100),
             sequences=st.integers(0, 9),
             draining=st.booleans(),
-            fingerprint=st.sampled_from("fg"),
+            model_fingerprint=st.sampled_from("fg"),
         ),
         unique_by=lambda worker: worker.worker_id,
     ),
@@ -192,6 +192,6 @@ def test_a_placement_is_always_one_that_can_work(workers: list[WorkerView], prom
     reader = by_id[found.decode]
     assert reader.role is Role.DECODE
     assert not reader.draining
-    assert reader.fingerprint == source.fingerprint
+    assert reader.model_fingerprint == source.model_fingerprint
     assert reader.free_blocks * 16 >= prompt + min(max_tokens - 1, PREDICTED_TOKENS)
     assert reader.total_blocks * 16 >= prompt + max_tokens - 1

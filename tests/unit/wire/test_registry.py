@@ -23,6 +23,7 @@ RECORD = WorkerRecord(
     address="127.0.0.1:1",
     model="m",
     fingerprint="f",
+    model_fingerprint="g",
     max_model_len=4096,
     vocab_size=4096,
     dtype="float32",
