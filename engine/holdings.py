@@ -118,6 +118,7 @@ class Holdings:
         What it shares with others stays known."""
         seq.apart = True
         self._prefix_cache.unexpect(self._expected.pop(seq, []))
+        self._end_tail(seq)
 
     def advance(self, seq: Sequence, computed: int) -> bool:
         """The KV of the first `computed` tokens is in the blocks; full ones become known to the prefix cache. Gives

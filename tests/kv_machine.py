@@ -130,6 +130,8 @@ class KvMachine(RuleBasedStateMachine):
         self.away: dict[Sequence, tuple[SwapTicket | None, int]] = {}  # preempted: where its KV is, of how many tokens
         self.pins: set[tuple[str, tuple[int, ...]]] = set()
         self.started: dict[Sequence, int] = {}  # how many tokens each live one knew as it started
+        self.alone: dict[Sequence, tuple[BlockKey, ...]] = {}  # keys of those kept apart, as they had become so
+        self.matched: dict[Sequence, int] = {}  # blocks that each found as it started
         self.named: dict[BlockKey, bytes] = {}  # what the first block of each key held
         self.count = 0
         self.read: list[BlockId] = []  # blocks that were copied, held until the step that does it is over
@@ -265,6 +267,24 @@ class KvMachine(RuleBasedStateMachine):
             self.holdings.advance(seq, seq.computed)
 
     @precondition(lambda self: self.live)
+    @rule(data=st.data(), draw=st.sampled_from([True, False, False]))
+    def keep_apart(self, data: st.DataObject, draw: bool) -> None:
+        """Its KV is rounded: what becomes known of it from now on would be wrong."""
+        if not draw:
+            return
+        seq = data.draw(st.sampled_from(self.live))
+        self.holdings.keep_apart(seq)
+        self.alone[seq] = tuple(seq.keys)
+
+    @invariant()
+    def what_is_kept_apart_becomes_no_better_known(self) -> None:
+        for seq in self.live:
+            if seq.apart:
+                assert len(seq.keys) <= max(len(self.alone[seq]), self.matched.get(seq, 0))
+                assert seq not in self.holdings._lent
+                assert not self.holdings._expected.get(seq)
+
+    @precondition(lambda self: self.live)
     @rule(data=st.data())
     def distrust(self, data: st.DataObject) -> None:
         seq = data.draw(st.sampled_from(self.live))
@@ -289,6 +309,7 @@ class KvMachine(RuleBasedStateMachine):
         assert self.ledger.available >= spare
         self.live.append(seq)
         self.started[seq] = seq.length
+        self.matched[seq] = len(seq.keys)
         return known
 
     def _expect_awaited(self, seq: Sequence, whole_prompt: bool) -> None:
@@ -296,7 +317,8 @@ class KvMachine(RuleBasedStateMachine):
         tokens = seq.tokens_between(0, seq.length)
         usable = seq.length - (not whole_prompt)
         keys = self.cache.prompt_keys(tokens[:usable], seq.salt)
-        pending = {key for other in self.live for key in self._keys_of(other)[len(other.keys) :]}
+        alike = [other for other in self.live if not other.apart]
+        pending = {key for other in alike for key in self._keys_of(other)[len(other.keys) :]}
         first = next((key for key in keys if key not in self.ledger.keys.values()), None)
         assert self.holdings.awaited(seq, whole_prompt=whole_prompt) == (first in pending)
 

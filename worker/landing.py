@@ -39,7 +39,7 @@ class Reservation:
     missing: set[int]
     prompt_tokens: int
     wanted: frozenset[int]
-    source: Geometry | None = None  # of all pieces, once one has come
+    source: Geometry | None = None  # of all pieces with blocks, once one has come
     asked: set[int] = field(default_factory=set)  # the source's blocks that a pull was started for, ...
     arrived: set[int] = field(default_factory=set)  # ... and has ended for; where their shape is not ours
     pulls: "dict[Future[Moved], _Pull]" = field(default_factory=dict)
@@ -151,7 +151,7 @@ class Landing:
         if piece.reader_epoch != self._identity.epoch or reservation is None:
             raise StaleEpoch(f"ticket {piece.ticket_id} is not open in this life of the worker")
         require_bridged(piece.geometry, self._geometry)
-        if reservation.source is None:
+        if reservation.source is None and piece.blocks:
             reservation.source = piece.geometry
         if not _fits(reservation, piece):
             raise CorruptPiece(f"a piece of ticket {piece.ticket_id} does not fit what was asked for")
@@ -280,7 +280,9 @@ class Landing:
 
 def _fits(reservation: Reservation, piece: Piece) -> bool:
     """It brings what was asked for and nothing else, in one shape, and ends with a first token."""
-    if piece.geometry != reservation.source or (piece.last and piece.first_token is None):
+    if piece.last and piece.first_token is None:
+        return False
+    if piece.blocks and piece.geometry != reservation.source:
         return False
     cut, wanted = reservation.cut, reservation.wanted
     if cut is None:

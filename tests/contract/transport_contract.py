@@ -1,5 +1,6 @@
 """What every transport promises. A suite per transport inherits `TransportContract` and says how to make two ends."""
 
+import select
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from baton.core.ids import BlockId, Epoch, SequenceId, TicketId, WorkerId
 from baton.core.tickets import Geometry, Piece
 from baton.kv_transfer.inbox import Inbox
 from baton.kv_transfer.messages import Delivery, Returned
+from baton.kv_transfer.recut import Recut
 from baton.kv_transfer.transport import Transport
 
 GEOMETRY = Geometry(num_layers=1, num_kv_heads=1, head_size=16, block_tokens=16, dtype="float32", fingerprint="any")
@@ -26,17 +28,19 @@ class End:
 
     def next_delivery(self) -> Delivery:
         """Waits for a message."""
-        import select
-
-        poll = select.poll()
-        poll.register(self.inbox.wakeup.fd, select.POLLIN)
         while True:
             found = self.inbox.drain()
             if found:
                 assert len(found) == 1
                 return found[0]
-            assert poll.poll(WAIT_S * 1000), "no message came"
-            self.inbox.wakeup.clear()
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the inbox wakes its rank."""
+        poll = select.poll()
+        poll.register(self.inbox.wakeup.fd, select.POLLIN)
+        assert poll.poll(WAIT_S * 1000), "no message came"
+        self.inbox.wakeup.clear()
 
 
 def fresh_pool() -> torch.Tensor:
@@ -119,6 +123,38 @@ class TransportContract(ABC):
         with pytest.raises(CorruptPiece):
             reader.transport.pull(Delivery(damaged, delivery.handles), ids(1, 2)).result(WAIT_S)
         assert not bool(reader.pool[[0, 3, 4, 5, 6, 7]].any())
+        source.transport.withdraw(TicketId("t"))
+
+    def test_a_piece_is_cut_anew_for_blocks_of_another_shape(self, ends: tuple[End, End]) -> None:
+        """Three blocks of 16 tokens in float32 become 40 tokens in two of 32 in bfloat16."""
+        source, reader = ends
+        shape = replace(GEOMETRY, block_tokens=32, dtype="bfloat16")
+        kv = torch.randn(BLOCKS, 2, 16, 16)
+        source.pool.view(torch.float32)[:] = kv.view(BLOCKS, -1)
+        reader.pool[:] = 0
+        source.transport.offer(piece((0, 1, 2)), ids(4, 7, 1), reader.name).result(WAIT_S)
+        into = Recut(shape, {0: BlockId(5), 1: BlockId(2)}, (range(3, 40),))
+        pulled = reader.transport.pull(reader.next_delivery(), into).result(WAIT_S)
+        assert (pulled.num_bytes, pulled.num_blocks) == (37 * 2 * 16 * 2, 2)
+        tokens = torch.zeros(64, 2, 16, dtype=torch.bfloat16)
+        tokens[3:40] = kv[[4, 7, 1]].transpose(1, 2).reshape(48, 2, 16)[3:40].bfloat16()
+        expected = torch.zeros(BLOCKS, 2, 32, 16, dtype=torch.bfloat16)
+        expected[[5, 2]] = tokens.view(2, 32, 2, 16).transpose(1, 2)
+        assert torch.equal(reader.pool, expected.view(BLOCKS, -1).view(torch.uint8))
+        source.transport.withdraw(TicketId("t"))
+
+    def test_what_is_damaged_is_not_cut(self, ends: tuple[End, End]) -> None:
+        source, reader = ends
+        source.pool[:] = 7
+        source.transport.offer(piece((0, 1)), ids(1, 2), reader.name).result(WAIT_S)
+        delivery = reader.next_delivery()
+        assert isinstance(delivery.message, Piece)
+        first, second = delivery.message.checksums
+        damaged = replace(delivery.message, checksums=(first, second ^ 1))
+        into = Recut(replace(GEOMETRY, block_tokens=32), {0: BlockId(1)}, (range(32),))
+        with pytest.raises(CorruptPiece):
+            reader.transport.pull(Delivery(damaged, delivery.handles), into).result(WAIT_S)
+        assert not bool(reader.pool.any())
         source.transport.withdraw(TicketId("t"))
 
     def test_what_moved_names_what_carried_it(self, ends: tuple[End, End]) -> None:

@@ -576,6 +576,29 @@ def test_prompt_tokens_of_one_that_gives_back_are_ahead() -> None:
     assert batch.tokens_ahead() == 84
 
 
+def test_what_landed_rounded_serves_its_own_sequence_and_no_other() -> None:
+    engine, batch = batch_of()
+    prompt = prompt_of(3, 40)
+    first, second = sequence("s/0", prompt, 30), sequence("s/1", prompt, 30)
+    batch.add(first, 0.0, Goal.LANDING)
+    batch.add(second, 0.0, Goal.LANDING)
+    batch.step(0.0)
+    assert not second.blocks, "it waits for what the first will have"
+    land(engine, first)
+    batch.landed(first, answer(prompt, 1)[0], exact=False)
+    batch.step(0.0)
+    assert set(first.blocks).isdisjoint(second.blocks)
+    land(engine, second)
+    batch.landed(second, answer(prompt, 1)[0], exact=False)
+    run(batch)
+    assert first.tokens == second.tokens == answer(prompt, 30)
+    late = sequence("s/2", prompt, 2)
+    batch.add(late, 1.0)
+    run(batch)
+    assert late.cached_tokens == 0
+    assert_clean(engine, batch)
+
+
 def test_a_landed_prompt_is_charged_to_nobody_here() -> None:
     engine, _ = batch_of()
     batch = ContinuousBatch(engine, policy("fair"), lookahead=False)
@@ -709,7 +732,7 @@ class BatchMachine(RuleBasedStateMachine):
         land(self.engine, seq)
         (first,) = answer(seq.prompt, 1)
         self.given[seq].append(first)
-        self.batch.landed(seq, first)
+        self.batch.landed(seq, first, exact=data.draw(st.booleans()))
 
     @precondition(lambda self: self.engine.ledger.available > 4)
     @rule(count=st.integers(1, 4))
