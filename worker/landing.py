@@ -147,8 +147,8 @@ class Landing:
         """
         piece = delivery.message
         assert isinstance(piece, Piece), piece
-        reservation = self._open.get(piece.ticket_id)
-        if piece.reader_epoch != self._identity.epoch or reservation is None:
+        reservation = self._of(piece)
+        if reservation is None:
             raise StaleEpoch(f"ticket {piece.ticket_id} is not open in this life of the worker")
         require_bridged(piece.geometry, self._geometry)
         if reservation.source is None and piece.blocks:
@@ -169,8 +169,8 @@ class Landing:
 
     def refuse(self, piece: Piece, error: BatonError) -> None:
         """Tell a piece's source to take its blocks back; ends our reservation too, if the ticket is one of ours."""
-        reservation = self._open.get(piece.ticket_id)
-        if reservation is not None and piece.reader_epoch == self._identity.epoch:
+        reservation = self._of(piece)
+        if reservation is not None:
             reservation.sources[piece.source_inbox] = piece.source_epoch
             self.abort(piece.ticket_id, error)
         else:
@@ -235,6 +235,13 @@ class Landing:
     def open_reservations(self) -> int:
         """Reservations that are not over, those among them that pulls still write."""
         return len(self._open) + len(self._ending)
+
+    def _of(self, piece: Piece) -> Reservation | None:
+        """What it is for: of this life, by its ticket and its sequence."""
+        found = self._open.get(piece.ticket_id)
+        if found is None or (piece.reader_epoch, piece.sequence_id) != (self._identity.epoch, found.sequence_id):
+            return None
+        return found
 
     @staticmethod
     def _complete(reservation: Reservation) -> bool:
