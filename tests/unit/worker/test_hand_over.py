@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -10,10 +11,10 @@ import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from baton.core.errors import BatonError, Cancelled, StaleEpoch
+from baton.core.errors import BatonError, Cancelled, CorruptPiece, StaleEpoch
 from baton.core.frames import Holder
 from baton.core.ids import BlockId, Epoch, SequenceId, TicketId, WorkerId
-from baton.core.tickets import Geometry
+from baton.core.tickets import Geometry, Piece
 from baton.engine.ledger import Ledger
 from baton.kv_transfer.inbox import Inbox
 from baton.kv_transfer.loopback import Hub, LoopbackTransport
@@ -85,7 +86,7 @@ class HandOver(RuleBasedStateMachine):
             wake=lambda: None,
         )
 
-    @rule(count=st.integers(1, 4), cached=st.integers(0, 4))
+    @rule(count=st.integers(1, 6), cached=st.integers(0, 4))
     def reserve(self, count: int, cached: int) -> None:
         """A prompt of so many units of 16 tokens, whose first blocks the reader may have."""
         there, here = (-(-count * UNIT // side.block_tokens) for side in (self.SOURCE, self.READER))
@@ -442,3 +443,78 @@ def test_a_lost_reader_gives_its_blocks_back_at_once(sides: tuple[Side, Side]) -
     assert (failure.sequence_id, failure.error.code) == (key, "WorkerLost")
     assert source.ledger.held_count == 0
     assert source.transport.living() == 0
+
+
+def to_larger_blocks() -> tuple[Side, Side, Landing, Lending, Geometry]:
+    """A source of 16 tokens in a block, and a reader of 32."""
+    hub, larger = Hub(), replace(GEOMETRY, block_tokens=32)
+    source, reader = Side(hub, "P", 1), Side(hub, "D", 2, larger)
+    landing = Landing(
+        reader.ledger,
+        reader.transport,
+        larger,
+        reader.identity,
+        lease_s=LEASE_S,
+        timeout_s=LEASE_S,
+        wake=lambda: None,
+    )
+    return source, reader, landing, lending_of(source), larger
+
+
+def test_a_block_that_two_pieces_bring_parts_of_is_here_with_both_whichever_comes_first() -> None:
+    source, reader, landing, lending, larger = to_larger_blocks()
+    key, blocks = SequenceId("a/0"), source.ledger.allocate(2)
+    source.pool[blocks[0]], source.pool[blocks[1]] = 3, 4
+    lending.open(key, landing.reserve(key, TicketId("t"), reader.ledger.allocate(1), [0], 32, 0.0), 32)
+    lending.announce(key, blocks, 1, 0.0)
+    lending.announce(key, blocks, 2, 0.0, first_token=3)
+    source.crank.run()
+    first, last = reader.inbox.drain()
+    landing.accept(last, 0.0)
+    reader.crank.run()
+    assert landing.poll(0.0) == []
+    landing.accept(first, 0.0)
+    reader.crank.run()
+    assert [type(news) for news in landing.poll(0.0)] == [Landed]
+    table = landing.commit(TicketId("t"))
+    assert [int(units(reader.pool, larger, table, at)[0, 0]) for at in (0, 1)] == [3, 4]
+
+
+def test_a_block_that_a_pull_still_writes_in_part_stays_held_after_an_abort() -> None:
+    source, reader, landing, lending, _ = to_larger_blocks()
+    key, blocks, table = SequenceId("a/0"), source.ledger.allocate(4), reader.ledger.allocate(2)
+    lending.open(key, landing.reserve(key, TicketId("t"), table, [1], 64, 0.0), 64)
+    lending.announce(key, blocks, 3, 0.0)
+    source.crank.run()
+    (delivery,) = reader.inbox.drain()
+    assert isinstance(delivery.message, Piece)
+    assert delivery.message.blocks == (2,), "nobody wants the first two"
+    landing.accept(delivery, 0.0)
+    end = reader.crank.begin()
+    assert end is not None
+    landing.abort(TicketId("t"), Cancelled("released"))
+    landing.poll(0.0)
+    assert [reader.ledger.holders(block) for block in table] == [0, 1]
+    end()
+    landing.poll(0.0)
+    assert reader.ledger.held_count == 0
+
+
+@pytest.mark.parametrize("change", [{"block_tokens": 48}, {"dtype": "bfloat16"}, {"blocks": (0,)}])
+def test_a_piece_that_does_not_fit_its_ticket_is_refused_before_anything_is_pulled(change: dict[str, Any]) -> None:
+    source, reader, landing, lending, _ = to_larger_blocks()
+    key, blocks = SequenceId("a/0"), source.ledger.allocate(4)
+    lending.open(key, landing.reserve(key, TicketId("t"), reader.ledger.allocate(2), [1], 64, 0.0), 64)
+    lending.announce(key, blocks, 3, 0.0)
+    lending.announce(key, blocks, 4, 0.0, first_token=3)
+    source.crank.run()
+    first, last = reader.inbox.drain()
+    landing.accept(first, 0.0)
+    assert isinstance(last.message, Piece)
+    if "blocks" in change:
+        wrong = replace(last.message, **change)
+    else:
+        wrong = replace(last.message, geometry=replace(GEOMETRY, **change))
+    with pytest.raises(CorruptPiece):
+        landing.accept(replace(last, message=wrong), 0.0)
+    assert len(reader.crank.waiting) == 1
