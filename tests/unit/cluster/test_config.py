@@ -139,3 +139,11 @@ def test_every_setting_has_help() -> None:
 def test_the_example_file_of_deploy_is_a_valid_configuration() -> None:
     file = Path(__file__).resolve().parents[3] / "deploy" / "baton.yaml"
     assert load({}, {}, file) != ServeConfig()
+
+
+def test_prefill_workers_are_like_the_others_where_nothing_else_is_said() -> None:
+    config = load({"tp": "2", "block_tokens": "32", "prefill": "3"}, {}, None)
+    assert (config.tp_of("prefill"), config.block_tokens_of("prefill"), config.num_ranks) == (2, 32, 8)
+    config = load({"prefill_tp": "4", "prefill_block_tokens": "64", "prefill": "3"}, {}, None)
+    assert (config.tp_of("prefill"), config.tp_of("decode"), config.num_ranks, config.most_tp) == (4, 1, 13, 4)
+    assert (config.block_tokens_of("prefill"), config.block_tokens_of("decode")) == (64, 16)
