@@ -77,9 +77,9 @@ def sum_in_graphs(rank: Rank) -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             run()
-        work.append((graph, parts, started, weight, stream, out))
+        work.append((graph, parts, started, weight, stream, out, delta))  # a graph keeps nothing alive
     for turn in range(20):
-        for graph, parts, started, weight, stream, out in work:
+        for graph, parts, started, weight, stream, out, _ in work:
             stream.copy_(started)
             graph.replay()
             total = started.float()
