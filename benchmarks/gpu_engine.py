@@ -1,6 +1,6 @@
 """The engine on one GPU, on a model of an 8B's shape with random weights, beside what vLLM 0.26 did on an H200.
 
-    PYTHONPATH=src python -P benchmarks/gpu_engine.py [--only a e] [--json FILE] [--kernels]
+    PYTHONPATH=src python -P benchmarks/gpu_engine.py [--only a e] [--json FILE] [--kernels] [--deterministic]
 
     a  1 x (128 in, 256 out): ms per token             d  32 x (4096 in, 1 out): prompt tokens per second
     b  256 x (1024 in, 256 out): output tokens per s   e  a step of 16, 64, 256 sequences at a context of 2,000: ms
@@ -91,10 +91,11 @@ def random_model(
     dtype: torch.dtype,
     positions: int,
     communicator: Communicator | None = None,
+    exact: bool = False,
 ) -> Model:
     """communicator: with the ranks that have the other parts; None: there are none."""
     files = RandomFiles(device, dtype)
-    weights = Weights(files, dtype, device, communicator or Alone())  # type: ignore[arg-type]
+    weights = Weights(files, dtype, device, communicator or Alone(), exact=exact)  # type: ignore[arg-type]
     return read_model(weights, config, positions, read_attention, read_mlp)
 
 
@@ -264,14 +265,16 @@ def config_of(shape: dict[str, object]) -> ModelConfig:
         return ModelConfig.from_dir(Path(folder))
 
 
-def build_engine(shape: dict[str, object], device: torch.device, max_batch: int, kv_bytes: int) -> Engine:
+def build_engine(
+    shape: dict[str, object], device: torch.device, max_batch: int, kv_bytes: int, exact: bool = False
+) -> Engine:
     config = config_of(shape)
     geometry = Geometry(
         num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_size=config.head_size, block_tokens=16,
         dtype="bfloat16", fingerprint="random",
     )  # fmt: skip
     with torch.inference_mode():
-        model = random_model(config, device, torch.bfloat16, 8192)
+        model = random_model(config, device, torch.bfloat16, 8192, exact=exact)
         return Engine(model, KvCache(kv_bytes // geometry.block_bytes, geometry, device), 8192, max_batch)
 
 
@@ -280,6 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", choices=list("abcdef"), default=list("abcdef"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--deterministic", action="store_true", help="exact mode: its price is the difference")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("no NVIDIA GPU here: nothing to measure")
@@ -296,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.cuda.empty_cache()
     began = time.perf_counter()
     free = torch.cuda.mem_get_info()[0] - 20 * GIB  # of the weights, the graphs, what a large step needs
-    engine = build_engine(SHAPE_8B, device, 512, free)
+    engine = build_engine(SHAPE_8B, device, 512, free, options.deterministic)
     torch.cuda.synchronize()
     print(f"engine ready in {time.perf_counter() - began:.1f} s, {engine.kv_cache.num_blocks} blocks")
     bench = Bench(engine, reads, products)

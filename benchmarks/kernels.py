@@ -28,7 +28,7 @@ from baton.kernels.activation import silu_gate
 from baton.kernels.block_copy import gather_blocks, scatter_blocks
 from baton.kernels.norm import add_rms_norm, rms_norm
 from baton.kernels.paged_attention import Workspace, paged_decode_attention, plan_decode
-from baton.kernels.prefill_attention import paged_prefill_attention, plan_prefill
+from baton.kernels.prefill_attention import PrefillPlan, is_tiled, paged_prefill_attention, plan_prefill
 from baton.kernels.rotary_write import plan_rotation, rotary_write
 from baton.kernels.sampling import ROW, RowTables, SamplingWorkspace, TokensOut, choose_tokens
 from baton.kernels.skinny_linear import SkinnyWorkspace, skinny_linear
@@ -323,7 +323,8 @@ def bench_sampling(table: Table, peak: float) -> None:
 
 
 def bench_attention(table: Table, peak: float, quick: bool) -> None:
-    """Decode attention, 32 query heads on 8, shuffled blocks of 16, a call for each layer, the plan outside."""
+    """Decode attention, 32 query heads on 8, shuffled blocks of 16, a call for each layer, the plan outside; then with
+    an exact plan."""
     cells = list(RIVAL_US)
     for sequences, context in cells[:4] if quick else cells:
         layer_bytes = sequences * context * 2 * KV_HEADS * HEAD_SIZE * 2
@@ -335,30 +336,31 @@ def bench_attention(table: Table, peak: float, quick: bool) -> None:
         lens = torch.full((sequences,), context, dtype=torch.int32, device=pool.device)
         q = torch.randn(sequences, HEADS, HEAD_SIZE, device=pool.device).to(pool.dtype)
         out = torch.empty_like(q)
-        plan = plan_decode(pool, tables, lens, {None}, Workspace())
         calls = layers * -(-MIN_CALLS // layers)
+        for exact in (False, True) if is_tiled(pool) else (False,):
+            plan = plan_decode(pool, tables, lens, {None}, Workspace(), exact=exact)
 
-        def work() -> None:
-            for call in range(calls):  # noqa: B023
-                layer = call % layers  # noqa: B023
-                paged_decode_attention(q, pool, layer, tables, lens, HEAD_SIZE**-0.5, None, out, plan)  # noqa: B023
+            def work() -> None:
+                for call in range(calls):  # noqa: B023
+                    layer = call % layers  # noqa: B023
+                    paged_decode_attention(q, pool, layer, tables, lens, HEAD_SIZE**-0.5, None, out, plan)  # noqa: B023
 
-        total = seconds(work)
-        rival = layer_bytes / (RIVAL_US[sequences, context] * 1e-6) / RIVAL_PEAK
-        rate = table.row(
-            "paged_decode_attention",
-            f"{sequences} x {context}",
-            calls=calls,
-            moved=calls * layer_bytes,
-            total_s=total,
-            peak=peak,
-        )
-        print(f"{'':<58}{'share / best rival' + chr(39) + 's':>22} {rate / peak / rival:.3f}", flush=True)
+            total = seconds(work)
+            rival = layer_bytes / (RIVAL_US[sequences, context] * 1e-6) / RIVAL_PEAK
+            rate = table.row(
+                "paged_decode_attention",
+                f"{sequences} x {context}" + ", exact" * exact,
+                calls=calls,
+                moved=calls * layer_bytes,
+                total_s=total,
+                peak=peak,
+            )
+            print(f"{'':<58}{'share / best rival' + chr(39) + 's':>22} {rate / peak / rival:.3f}", flush=True)
 
 
 def bench_prefill(quick: bool) -> None:
-    """Whole prompts, 32 query heads on 8, shuffled blocks of 16, a call for each layer, the plan outside; then torch's
-    cuDNN attention over K and V gathered before."""
+    """Whole prompts, 32 query heads on 8, shuffled blocks of 16, a call for each layer, the plan outside; with an exact
+    plan; then torch's cuDNN attention over K and V gathered before."""
     cells = list(RIVAL_PREFILL_MS)
     for prompts, tokens in cells[:3] if quick else cells:
         layers = 4
@@ -369,9 +371,11 @@ def bench_prefill(quick: bool) -> None:
         starts, lens = [i * tokens for i in range(prompts + 1)], [tokens] * prompts
         q = torch.randn(prompts * tokens, 32, HEAD_SIZE, device=pool.device).to(pool.dtype)
         out = torch.empty_like(q)
-        plan = plan_prefill(pool, tables, starts, lens, {None})
+        plans = [
+            plan_prefill(pool, tables, starts, lens, {None}, exact) for exact in (False, True)[: 1 + is_tiled(pool)]
+        ]
 
-        def paged() -> None:
+        def paged(plan: PrefillPlan) -> None:
             for layer in range(layers):  # noqa: B023
                 paged_prefill_attention(q, pool, layer, tables, starts, lens, HEAD_SIZE**-0.5, None, plan, out)  # noqa: B023
 
@@ -384,10 +388,13 @@ def bench_prefill(quick: bool) -> None:
                     scaled_dot_product_attention(queries, kv[0], kv[1], is_causal=True, enable_gqa=True)  # noqa: B023
 
         work = 2 * prompts * tokens * (tokens + 1) * 32 * HEAD_SIZE  # multiply-adds of both products, two each
-        for name, run in (("paged_prefill_attention", paged), ("cuDNN, gathered before", gathered)):
+        ours = [
+            ("paged_prefill_attention" + ", exact" * index, partial(paged, plan)) for index, plan in enumerate(plans)
+        ]
+        for name, run in (*ours, ("cuDNN, gathered before", gathered)):
             call_s = seconds(run) / layers
             case, rival = f"{prompts} x {tokens}", RIVAL_PREFILL_MS[prompts, tokens] / 1e3 / call_s
-            print(f"{name:<24}{case:<34}{call_s * 1e6:>11.1f}{work / call_s / 1e12:>9.0f} TFLOP/s, rival {rival:.3f}")
+            print(f"{name:<32}{case:<26}{call_s * 1e6:>11.1f}{work / call_s / 1e12:>9.0f} TFLOP/s, rival {rival:.3f}")
 
 
 def random_pool(num_blocks: int, layers: int) -> Tensor:

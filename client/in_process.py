@@ -37,6 +37,7 @@ class InProcess:
         max_batch: int = 256,
         policy: str = "hybrid",
         threads: int | None = None,
+        deterministic: bool = False,
     ) -> None:
         """Raises ConfigError."""
         directory = resolve(str(model), option="model")
@@ -53,6 +54,7 @@ class InProcess:
                 max_batch=max_batch,
                 policy=policy,
                 threads=threads,
+                deterministic=deterministic,
             )
         except BaseException:
             self._tokenizer.close()

@@ -38,6 +38,7 @@ class EngineOptions:
     tensor_parallel: int = 1
     policy: str = "hybrid"  # who goes first
     threads: int | None = None  # of torch on the CPU, for the whole process; None: as they are
+    deterministic: bool = False  # logits do not depend on what else runs, to the last bit
 
 
 class LLM:
@@ -62,6 +63,7 @@ class LLM:
         tensor_parallel: int = 1,
         policy: str = EngineOptions.policy,
         threads: int | None = None,
+        deterministic: bool = False,
     ) -> None:
         """Without `address`: loads `model`, a directory or a Hugging Face id (None: the one that comes with Baton).
 
@@ -79,6 +81,7 @@ class LLM:
             tensor_parallel=tensor_parallel,
             policy=policy,
             threads=threads,
+            deterministic=deterministic,
         )
         self._lock = threading.Lock()
         self._seeds = random.Random(seed)  # noqa: S311  # no secret
@@ -190,4 +193,5 @@ def _in_process(model: str | Path, options: EngineOptions) -> Backend:
         max_batch=options.max_batch,
         policy=options.policy,
         threads=options.threads,
+        deterministic=options.deterministic,
     )

@@ -46,6 +46,7 @@ class ServeConfig:
     kv_checksums: bool = True
     dtype: str = "auto"
     device: str = "auto"
+    deterministic: bool = False  # logits do not depend on what else runs, to the last bit
     threads: int = 1  # of each rank: more than the machine has cores makes each step several times slower
     host: str = "127.0.0.1"
     grpc_port: int = 50051
@@ -187,6 +188,12 @@ SETTINGS: tuple[Setting, ...] = (
         "DTYPE",
     ),
     Setting("device", _one_of("auto", "cpu", "cuda"), "auto (GPUs if there are any), cpu or cuda", "DEVICE"),
+    Setting(
+        "deterministic",
+        _switch,
+        "on or off: the same logits to the last bit, whatever else runs; slower, on a CPU much (default: off)",
+        "ON|OFF",
+    ),
     Setting("threads", _count(1, 256), "CPU threads of each rank (default: 1)", "N"),
     Setting("host", parse_text, "address to listen on (default: 127.0.0.1; 0.0.0.0 lets others in)", "HOST"),
     Setting("grpc_port", parse_port, "port of the gRPC API (default: 50051)", "PORT"),

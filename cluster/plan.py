@@ -84,6 +84,7 @@ class ClusterPlan:
                     policy=config.policy,
                     swap_bytes=0 if role == "prefill" else self.swap_bytes,
                     threads=config.threads,
+                    deterministic=config.deterministic,
                     drain_timeout_s=float(config.drain_s),
                     start_timeout_s=float(config.start_s),
                     redis_url=redis_url,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.paged_attention import DecodePlan, Workspace, plan_decode
-from ..kernels.prefill_attention import PrefillPlan, plan_prefill
+from ..kernels.prefill_attention import PrefillPlan, is_tiled, plan_prefill
+from ..kernels.prefill_tiles import TokenPlan
 from ..kernels.skinny_linear import SkinnyWorkspace, skinny_workspace
 from ..kernels.split_attention import SplitPlan
 from ..kernels.write_kv import plan_write
@@ -27,7 +28,7 @@ class DecodeRows:
 
     block_tables: Tensor  # [S, B] i32
     context_lens: Tensor  # [S] i32, the new token counted
-    plan: DecodePlan | SplitPlan | None  # None where a kernel reads the tables and needs no more
+    plan: DecodePlan | SplitPlan | TokenPlan | None  # None where a kernel reads the tables and needs no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,14 @@ class Batch:
 class DeviceTables:
     """What outlives a step on the device, at fixed addresses, and makes batches from it and a step's input."""
 
-    def __init__(self, pool: Tensor, max_rows: int, max_blocks: int, windows: frozenset[int | None]) -> None:
-        """pool [N, L, 2, G, P, D]; windows: of the model's layers."""
+    def __init__(
+        self, pool: Tensor, max_rows: int, max_blocks: int, windows: frozenset[int | None], exact: bool = False
+    ) -> None:
+        """pool [N, L, 2, G, P, D]; windows: of the model's layers. exact: a token's attention is bit for bit the same
+        in every batch; then `is_tiled(pool)`, or all batches come from `one_by_one`."""
         self._pool = pool
         self._windows = windows
+        self._exact = exact and is_tiled(pool)
         self._workspace = Workspace()
         self._products = skinny_workspace(pool.device)  # of captured steps too: steps follow each other
         self.staging = Staging(pool.device)
@@ -108,6 +113,37 @@ class DeviceTables:
             products=self._products,
         )
 
+    def one_by_one(self, step: StepInput) -> list[Batch]:
+        """As `batch`, but as many batches as there are tokens, each to be computed before the next."""
+        of_tokens = np.concatenate((step.decode_rows, np.repeat(step.chunk_rows, step.chunk_counts)))
+        lens = (step.positions + 1).astype(np.int32)
+        arrays: list[Array] = [of_tokens, lens, step.positions, step.slots]
+        arrays += (step.decode_rows, step.chunk_ids, step.sampled_rows, *changes_of(step))
+        sent = self.staging.send(arrays)
+        rows, context_lens, positions, slots, decode_rows, chunk_ids, sampled_rows, *changes = sent
+        self.change(step, iter(changes))
+        self.expect(sampled_rows)
+        ids = torch.cat((self._last_tokens.index_select(0, decode_rows), chunk_ids))
+        wanted = set(step.wanted.tolist())
+        nothing = ids.new_empty(0)
+
+        def of(at: int) -> Batch:
+            one = slice(at, at + 1)
+            num_blocks = self._num_blocks(lens[one])
+            return Batch(
+                token_ids=ids[one],
+                positions=positions[one],
+                slots=slots[one],
+                write_plan=plan_write(self._pool, slots[one]),
+                num_decode=1,
+                decode=self._decode(rows[one], context_lens[one], num_blocks, self._workspace),
+                prefill=None,
+                wanted=None if at in wanted else nothing,
+                products=self._products,
+            )
+
+        return [of(at) for at in range(len(lens))]
+
     def decode_batch(
         self,
         rows: Tensor,
@@ -148,13 +184,17 @@ class DeviceTables:
 
     def _decode(self, rows: Tensor, lens: Tensor, num_blocks: int | None, workspace: Workspace) -> DecodeRows:
         tables = self._tables[:, :num_blocks].index_select(0, rows)
-        return DecodeRows(tables, lens, plan_decode(self._pool, tables, lens, self._windows, workspace))
+        return DecodeRows(
+            tables, lens, plan_decode(self._pool, tables, lens, self._windows, workspace, exact=self._exact)
+        )
 
     def _prefill(self, rows: Tensor, step: StepInput) -> PrefillRows:
         contexts = step.chunk_starts + step.chunk_counts
         tables = self._tables[:, : self._num_blocks(contexts)].index_select(0, rows)
         starts, lens = (0, *np.cumsum(step.chunk_counts).tolist()), tuple(contexts.tolist())
-        return PrefillRows(tables, starts, lens, plan_prefill(self._pool, tables, starts, lens, self._windows))
+        return PrefillRows(
+            tables, starts, lens, plan_prefill(self._pool, tables, starts, lens, self._windows, self._exact)
+        )
 
     def _num_blocks(self, lens: npt.NDArray[Any]) -> int:
         """Of the longest."""

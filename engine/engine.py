@@ -69,12 +69,23 @@ class Engine:
         progress: Callable[[int, int], None] | None = None,
         followers: Followers | None = None,
         shared: bool = False,
+        deterministic: bool = False,
     ) -> "Engine":
         """Load a model directory and make its pool; see `load_part`. followers: the ranks that hold the other parts,
         which are loaded with equal arguments; None: this one holds all."""
         communicator = None if followers is None else followers.communicator
         part = load_part(
-            model_dir, dtype, device, kv_bytes, block_tokens, max_model_len, threads, progress, communicator, shared
+            model_dir,
+            dtype,
+            device,
+            kv_bytes,
+            block_tokens,
+            max_model_len,
+            threads,
+            progress,
+            communicator,
+            shared,
+            deterministic,
         )
         return cls(part.model, part.kv_cache, part.max_model_len, max_batch, followers)
 

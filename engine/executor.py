@@ -1,7 +1,9 @@
 """Carries a step out on one device: forward, then, apart from it, what was sampled."""
 
+import torch
 from torch import Tensor
 
+from ..kernels.prefill_attention import is_tiled
 from .batch import DeviceTables
 from .decode_graphs import SIZES, Capture, DecodeGraphs
 from .kv_cache import KvCache
@@ -19,10 +21,16 @@ class Executor:
     def __init__(
         self, model: Model, kv_cache: KvCache, max_rows: int, max_blocks: int, capture: Capture | None = None
     ) -> None:
-        """capture: how decode steps become graphs, see decode_graphs.py; None: they are launched op by op."""
+        """capture: how decode steps become graphs, see decode_graphs.py; None: they are launched op by op.
+
+        An exact model's logits are bit for bit the same whatever else is in a step, and however prompts are cut: by
+        exact kernels, or, where there are none, since each token passes through the model by itself.
+        """
         self._model = model
         self._kv_cache = kv_cache
-        self._tables = DeviceTables(kv_cache.pool, max_rows, max_blocks, frozenset(model.config.windows))
+        windows = frozenset(model.config.windows)
+        self._tables = DeviceTables(kv_cache.pool, max_rows, max_blocks, windows, model.exact)
+        self._one_by_one = model.exact and not is_tiled(kv_cache.pool)
         self._graphs: DecodeGraphs | None = None
         if capture is not None:
             sizes = {*(size for size in SIZES if size < max_rows), min(max_rows, SIZES[-1])}
@@ -32,6 +40,9 @@ class Executor:
         """Writes the KV of the step's tokens.    -> logits [S', vocab] of those wanted, good until the next."""
         if len(step.copy_from):
             self._copy_blocks(step)
+        if self._one_by_one:
+            parts = [self._model.forward(batch, self._kv_cache.pool) for batch in self._tables.one_by_one(step)]
+            return torch.cat(parts)
         logits = None if self._graphs is None else self._graphs.forward(step)
         return self._model.forward(self._tables.batch(step), self._kv_cache.pool) if logits is None else logits
 

@@ -9,6 +9,7 @@ import torch
 from ..core.tickets import Geometry
 from ..kernels.build import BuildError, cuda_library
 from ..kernels.paged_attention import is_fused
+from ..kernels.prefill_attention import is_tiled
 from .decode_graphs import SIZES, Capture, CudaCapture
 from .executor import Executor
 from .kv_cache import DTYPES, KvCache, num_blocks_for
@@ -58,14 +59,16 @@ def load_part(
     progress: Callable[[int, int], None] | None = None,
     communicator: Communicator | None = None,
     shared: bool = False,
+    deterministic: bool = False,
 ) -> RankPart:
     """Load a rank's part of a model directory and make its pool.
 
     kv_bytes: of this rank, the same for all. max_model_len: tokens of prompt and answer; None: what the model's
     configuration says. threads: of torch on the CPU, for the whole process; None: as they are. progress: called with
     (bytes done, bytes in all). communicator: with the other ranks; None: there are none. shared: other processes of
-    this host may map the pool; that of another rank than the first they always may. Raises ValueError where the
-    checkpoint can't be served or split so, kv_bytes hold no block, or nvcc fails.
+    this host may map the pool; that of another rank than the first they always may. deterministic: logits
+    are bit for bit the same whatever else is in a step and however prompts are cut. Raises ValueError where the
+    checkpoint can't be served or split so, or not deterministically, kv_bytes hold no block, or nvcc fails.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -89,7 +92,27 @@ def load_part(
     )
     peers: Communicator = Alone() if communicator is None else communicator
     heads = Shard(peers.rank, peers.size).kv_heads(config.num_kv_heads)
+    if deterministic:
+        _check_deterministic(config, dtype, device, block_tokens, peers.size)
     num_blocks = num_blocks_for(kv_bytes, geometry, heads)
     with torch.inference_mode():
-        model = load_model(model_dir, config, dtype, device, progress, length, peers)
+        model = load_model(model_dir, config, dtype, device, progress, length, peers, deterministic)
         return RankPart(model, KvCache(num_blocks, geometry, device, heads, shared=shared or peers.rank > 0), length)
+
+
+def _check_deterministic(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, block_tokens: int, ranks: int
+) -> None:
+    """Raises ValueError where no kernels do it. On the CPU tokens pass through the model one by one."""
+    if config.experts is not None and cuda_library(device) is not None:
+        raise ValueError("deterministic: a model with experts is so on the CPU alone, for want of kernels")
+    if device.type != "cuda":
+        return
+    if ranks > 1:
+        raise ValueError("deterministic: ranks on GPUs add their parts up in orders that change; tp must be 1")
+    like = torch.empty(0, 1, 2, 1, block_tokens, config.head_size, dtype=dtype, device=device)
+    if not is_tiled(like):
+        raise ValueError(
+            "deterministic: on a GPU this needs Hopper (H100, H200), bfloat16, heads of 64 or 128 and our kernels, not "
+            f"{torch.cuda.get_device_name(device)}, {dtype} and heads of {config.head_size}"
+        )

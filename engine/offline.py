@@ -59,6 +59,7 @@ class Offline:
         max_batch: int = 256,
         policy: str = "hybrid",
         threads: int | None = None,
+        deterministic: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Self:
         """Load a model. "auto" is the checkpoint's dtype, or float32 on a CPU that has no bfloat16, and a GPU where
@@ -72,7 +73,16 @@ class Offline:
             context = max_model_len or config.max_position_embeddings
             room = settle_kv_bytes(model_dir, config, runs, where, kv_bytes, -(-context // block_tokens) * block_tokens)
             engine = Engine.build(
-                model_dir, runs, where, room, block_tokens, max_model_len, max_batch, threads, progress
+                model_dir,
+                runs,
+                where,
+                room,
+                block_tokens,
+                max_model_len,
+                max_batch,
+                threads,
+                progress,
+                deterministic=deterministic,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .build import DTYPES, cuda_library, stream, vector_rows
+from .prefill_tiles import TokenPlan, tile_library, tile_prefill_attention
 from .split_attention import MAX_TOKENS, SPLIT_HEAD_SIZES, SplitPlan, SplitWorkspace, plan_split, split_decode_attention
 
 CUDA_HEAD_SIZES = (64, 80, 96, 128, 256)  # those that csrc/paged_attention.cu is compiled for
@@ -49,7 +50,7 @@ def paged_decode_attention(
     scale: float,
     window: int | None = None,
     out: Tensor | None = None,
-    plan: DecodePlan | SplitPlan | None = None,
+    plan: DecodePlan | SplitPlan | TokenPlan | None = None,
     *,
     tokens: int = 1,
     soft_cap: float = 0.0,
@@ -75,6 +76,11 @@ def paged_decode_attention(
     assert slopes is None or (slopes.shape == q.shape[1:2] and slopes.dtype == torch.float32), slopes
     assert 0 <= layer < num_layers, (layer, pool.shape)
     plain = tokens == 1 and soft_cap == 0.0 and slopes is None
+    if isinstance(plan, TokenPlan):
+        assert plain, "no exact kernel has several tokens of a sequence, nor other scores"
+        result = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        tile_prefill_attention(q, pool, layer, block_tables, scale, window, plan, result)
+        return result if out is None else out.copy_(result)
     library = _cuda_library(pool)
     if library is not None and (plain or _splits(pool)):
         return _launch(
@@ -102,11 +108,20 @@ def plan_decode(
     windows: Set[int | None],
     workspace: Workspace | None = None,
     tokens: int = 1,
-) -> DecodePlan | SplitPlan | None:
+    exact: bool = False,
+) -> DecodePlan | SplitPlan | TokenPlan | None:
     """The plan of a step whose layers use these windows; None where a CUDA kernel serves that needs none.
 
-    block_tables [S, B] i32, context_lens [S] i32; tokens: new ones of each sequence.
+    block_tables [S, B] i32, context_lens [S] i32; tokens: new ones of each sequence. exact: a token's result is, bit
+    for bit, what an exact `plan_prefill` gives it in whatever chunk, by the same kernel; where `is_tiled(pool)` alone,
+    and rows of nobody are not written.
     """
+    if exact:
+        tiles = tile_library(pool)
+        assert tiles is not None, "no kernel for such a pool is exact"
+        assert tokens == 1, tokens
+        memory = (workspace or Workspace()).split
+        return TokenPlan(tiles, pool, block_tables, context_lens, windows, memory)
     library = _cuda_library(pool)
     if library is not None:
         return _split(library, pool, context_lens, windows, workspace, tokens) if _splits(pool) else None

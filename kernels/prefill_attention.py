@@ -87,10 +87,16 @@ def plan_prefill(
     query_starts: Sequence[int],
     context_lens: Sequence[int],
     windows: Set[int | None],
+    exact: bool = False,
 ) -> PrefillPlan:
-    """The plan of a step whose layers use these windows. Waits for no GPU where `is_tiled(pool)`."""
+    """The plan of a step whose layers use these windows. Waits for no GPU where `is_tiled(pool)`.
+
+    exact: a token's result is bit for bit the same in every chunk, and as an exact `plan_decode` has it; where
+    `is_tiled(pool)` alone.
+    """
     if tile_library(pool) is not None:
-        return PrefillPlan((), plan_tiles(query_starts, context_lens))
+        return PrefillPlan((), plan_tiles(query_starts, context_lens, exact))
+    assert not exact, "no kernel for such a pool is exact"
     _, num_layers, _, heads, block_tokens, _ = pool.shape
     of_head = torch.arange(2 * heads, device=pool.device)[:, None]
     chunks = []

@@ -28,9 +28,14 @@ class SkinnyWorkspace:
         self.arrived = torch.zeros(_ARRIVALS, dtype=torch.int32, device=device)  # each launch leaves it so
 
 
+def has_skinny(device: torch.device) -> bool:
+    """Whether there is a kernel for `skinny_linear`, which no number of rows is too many for."""
+    return cuda_library(device) is not None
+
+
 def skinny_workspace(device: torch.device) -> SkinnyWorkspace | None:
     """None where there are no CUDA kernels."""
-    return None if cuda_library(device) is None else SkinnyWorkspace(device)
+    return SkinnyWorkspace(device) if has_skinny(device) else None
 
 
 def fits_skinny(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:

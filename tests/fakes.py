@@ -30,6 +30,7 @@ class FakeModel:
 
     config = _Config()
     device = torch.device("cpu")
+    exact = False
 
     def forward(self, batch: Any, pool: Tensor) -> Tensor:
         keys, values = pool[:, 0, 0, 0], pool[:, 0, 1, 0]  # [N, P, D]

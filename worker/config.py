@@ -44,6 +44,7 @@ class WorkerConfig:
     swap_bytes: int = 0  # host memory for KV of preempted sequences
     max_waiting: int = 1024  # admitted sequences that hold nothing yet
     threads: int | None = 1  # of torch on the CPU
+    deterministic: bool = False  # logits do not depend on what else is in a step, to the last bit
     transport: str = "auto"  # what may carry KV between workers: see kv_transfer/capability.py
     kv_checksums: bool = True  # of blocks that are lent
     lease_s: float = 20.0  # lent blocks, after the last piece

@@ -82,6 +82,7 @@ def follow(config: WorkerConfig, invitation: Invitation, loaded: Callable[[PoolH
                 config.max_model_len,
                 config.threads,
                 communicator=communicator,
+                deterministic=config.deterministic,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error

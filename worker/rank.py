@@ -177,6 +177,7 @@ def _engine(config: WorkerConfig, rings: RingPair, followers: Followers | None) 
             progress,
             followers,
             shared=torch.device(config.device).type == "cpu",
+            deterministic=config.deterministic,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

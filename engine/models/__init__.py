@@ -34,14 +34,16 @@ def load_model(
     progress: Callable[[int, int], None] | None = None,
     num_positions: int | None = None,
     communicator: Communicator | None = None,
+    exact: bool = False,
 ) -> Model:
     """Read a checkpoint's safetensors files: of each tensor the part that this rank computes with.
 
     progress: called with (bytes done, bytes in all). num_positions: how long a sequence may become; None: as long as
-    the configuration says. communicator: with the ranks that hold the other parts; None: this one holds all. Raises
+    the configuration says. communicator: with the ranks that hold the other parts; None: this one holds all. exact:
+    logits are bit for bit the same whatever else is in a step, where the executor does its part. Raises
     ValueError where files and configuration do not fit each other, or the model doesn't split over so many ranks.
     """
     peers: Communicator = Alone() if communicator is None else communicator
     Shard(peers.rank, peers.size).check(config)
-    weights = Weights(SafetensorsDir(path), dtype, device, peers, progress)
+    weights = Weights(SafetensorsDir(path), dtype, device, peers, progress, exact)
     return read_model(weights, config, num_positions or config.max_position_embeddings, *_FAMILIES[config.architecture])

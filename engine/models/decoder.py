@@ -40,6 +40,7 @@ class Model:
     head: Head
     cos: Tensor  # [positions, D]
     sin: Tensor  # [positions, D], signed
+    exact: bool = False  # products have the same bits for a token whatever the others are, or get one token at a time
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,9 +84,10 @@ def read_model(
     )
     norm = _read_norm(weights, config, "model.norm")
     rows = embedding if config.tie_word_embeddings else weights.read("lm_head.weight", vocabulary)
-    head = Head(Linear.of(rows), config.vocab_size, weights.communicator)
+    head = Head(Linear.of(rows, None, weights.invariant), config.vocab_size, weights.communicator)
     device = embedding.device
-    return Model(config, _embedding(weights, embedding), layers, norm, head, cos.to(device), sin.to(device))
+    cos, sin = cos.to(device), sin.to(device)
+    return Model(config, _embedding(weights, embedding), layers, norm, head, cos, sin, weights.exact)
 
 
 def read_qkv(weights: Weights, config: ModelConfig, layer: int) -> Linear:
@@ -95,7 +97,7 @@ def read_qkv(weights: Weights, config: ModelConfig, layer: int) -> Linear:
     rows = [weights.shard.split(config.num_heads * config.head_size), kv_rows, kv_rows]
     weight = weights.stack([f"{name}.weight" for name in names], rows, config.hidden_size)
     bias = weights.stack([f"{name}.bias" for name in names], rows) if config.attention_bias else None
-    return Linear.of(weight, bias)
+    return Linear.of(weight, bias, weights.invariant)
 
 
 def read_output(weights: Weights, config: ModelConfig, layer: int) -> PartialLinear:
@@ -110,7 +112,7 @@ def read_mlp(weights: Weights, config: ModelConfig, layer: int) -> Mlp:
     names, rows = [f"{prefix}.gate_proj", f"{prefix}.up_proj"], [weights.shard.split(inner)] * 2
     gate_up_bias = weights.stack([f"{name}.bias" for name in names], rows) if config.mlp_bias else None
     return Mlp(
-        Linear.of(weights.stack([f"{name}.weight" for name in names], rows, hidden), gate_up_bias),
+        Linear.of(weights.stack([f"{name}.weight" for name in names], rows, hidden), gate_up_bias, weights.invariant),
         _partial(weights, f"{prefix}.down_proj", hidden, inner, config.mlp_bias),
     )
 
@@ -134,7 +136,8 @@ def _partial(weights: Weights, name: str, rows: int, columns: int, has_bias: boo
     """Some columns of a matrix. The ranks' products are summed with their biases, so the first rank alone has one."""
     weight = weights.read(f"{name}.weight", (rows, weights.shard.split(columns)))
     bias = weights.read(f"{name}.bias", (rows,)) if has_bias else None
-    return PartialLinear(Linear.of(weight, bias if weights.shard.rank == 0 else None), weights.shard.size)
+    part = Linear.of(weight, bias if weights.shard.rank == 0 else None, weights.invariant)
+    return PartialLinear(part, weights.shard.size)
 
 
 def _embedding(weights: Weights, rows: Tensor) -> Embedding | SplitEmbedding:

@@ -9,6 +9,7 @@ from ...kernels.experts import mix_experts, route
 from ...kernels.linear import add_linear, gated_linear, is_skinny, linear, pack_weight
 from ...kernels.norm import rms_norm
 from ...kernels.rotary_write import HeadNorms, Rotation, rotary_write
+from ...kernels.skinny_linear import fits_skinny
 from ..attention import attend
 from ..batch import Batch
 from ..parallel.communicator import Communicator
@@ -30,14 +31,22 @@ class Linear:
 
     weight: Tensor  # [out, in], packed for its device
     bias: Tensor | None = None  # [out]
+    invariant: bool = False  # a row's result is bit for bit the same whatever the other rows are
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None = None) -> "Linear":
-        """From a weight as the checkpoint has it."""
-        return cls(pack_weight(weight), bias)
+    def of(cls, weight: Tensor, bias: Tensor | None = None, invariant: bool = False) -> "Linear":
+        """From a weight as the checkpoint has it. Raises ValueError where it is to be invariant and no kernel is."""
+        if not invariant:
+            return cls(pack_weight(weight), bias)
+        if not fits_skinny(weight[:1], weight, bias):  # its rows stand for those of x
+            raise ValueError(
+                f"deterministic: no kernel for a {weight.dtype} matrix {list(weight.shape)} is; bfloat16 and inputs a "
+                "multiple of 64, outputs of 8, are needed"
+            )
+        return cls(weight, bias, invariant)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
-        return linear(x, self.weight, self.bias, workspace=step.batch.products)
+        return linear(x, self.weight, self.bias, workspace=step.batch.products, invariant=self.invariant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +58,9 @@ class PartialLinear:
 
     def __call__(self, x: Tensor, stream: Tensor, step: Step) -> Tensor | None:
         """Adds the product to the stream where the kernel that makes it does, in the same pass; else returns it."""
-        weight, bias, workspace = self.part.weight, self.part.bias, step.batch.products
-        if self.ranks == 1 and is_skinny(x, weight, workspace, False, bias, stream):
-            add_linear(stream, x, weight, bias, workspace=workspace)
+        weight, bias, workspace, invariant = self.part.weight, self.part.bias, step.batch.products, self.part.invariant
+        if self.ranks == 1 and is_skinny(x, weight, workspace, invariant, bias, stream):
+            add_linear(stream, x, weight, bias, workspace=workspace, invariant=invariant)
             return None
         return self.part(x, step)
 
@@ -142,7 +151,8 @@ class Mlp:
     down: PartialLinear
 
     def __call__(self, x: Tensor, stream: Tensor, step: Step) -> Tensor | None:
-        inner = gated_linear(x, self.gate_up.weight, self.gate_up.bias, workspace=step.batch.products)
+        weight, bias, invariant = self.gate_up.weight, self.gate_up.bias, self.gate_up.invariant
+        inner = gated_linear(x, weight, bias, workspace=step.batch.products, invariant=invariant)
         return self.down(inner, stream, step)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ...kernels.skinny_linear import has_skinny
 from ..parallel.communicator import Communicator
 from .safetensors_file import SafetensorsDir
 from .shard import Axis, Shard
@@ -23,12 +24,17 @@ class Weights:
         device: torch.device,
         communicator: Communicator,
         progress: Callable[[int, int], None] | None = None,
+        exact: bool = False,
     ) -> None:
-        """progress: called with (bytes done, bytes in all), both as on disk; a tensor read in part counts whole."""
+        """progress: called with (bytes done, bytes in all), both as on disk; a tensor read in part counts whole.
+        exact: what is made of them gives a token the same logits, bit for bit, beside any others."""
         self._files = files
         self.dtype = dtype
         self.communicator = communicator  # with the ranks that hold the other parts
         self.shard = Shard(communicator.rank, communicator.size)
+        self.exact = exact
+        # Of kernels whose results do not depend on the number of rows. Where there are none, rows come one by one.
+        self.invariant = exact and has_skinny(device)
         self._device = device
         self._progress = progress
         self._done_bytes = 0

@@ -24,6 +24,11 @@
 // Items come longest first, from a plan made once for all layers of a step, and are handed out as thread blocks come
 // free. Where a few long items would leave thread blocks idle, the plan cuts each along the keys into parts, whose
 // results and log-sum-exps go to a workspace and are merged by a second launch.
+//
+// What a row gets depends on the tiles of its item that it sees, their order and where they are cut, and on nothing else:
+// a tile of which a row sees nothing changes none of its bits, and neither does a part. So where all items are cut at
+// multiples of a fixed number of tiles, counted from the context's beginning (plan_pieces, and `cut_pieces`
+// of prefill_tiles.py), a token's result is bit for bit the same in every chunk, and alone.
 #include "common.cuh"
 
 #if __CUDA_ARCH_LIST__ == 900
@@ -75,7 +80,9 @@ struct Problem {
   float* lse;
   float* partial;
   int32_t* taken;     // items handed out after the first of each thread block, and thread blocks that are done; zeros
-  int items_of_head, merges_of_head, parts;
+  int items_of_head, merges_of_head, parts;  // as many at most, where `counts` has the numbers
+  const int32_t* counts;  // items and merges, or null
+  int part_rows;      // of a part in the workspace
   int heads, kv_heads, block_tokens, box_tokens, layers, layer, table_stride;
   int window;         // the newest `window` tokens are seen; 0: all
   float scale;
@@ -133,7 +140,7 @@ __device__ __forceinline__ void fill(const Problem& p, const CUtensorMap* q_map,
   using X = Layout<D>;
   if (lane == 0) prefetch_map(q_map), prefetch_map(kv_map);
   const int group = p.heads / p.kv_heads, boxes = kKeys / p.box_tokens, box_bytes = p.box_tokens / 8 * X::kDown;
-  const int total = p.items_of_head * p.kv_heads;
+  const int total = (p.counts == nullptr ? p.items_of_head : p.counts[0]) * p.kv_heads;
   Place<kSlots> place;
   Place<kBuffers> buffer;
   Item item = p.items[blockIdx.x / p.kv_heads];
@@ -259,7 +266,8 @@ __device__ __forceinline__ void weigh(float (&scores)[64], float (&top)[2], floa
     shrink[r] = power_of_two((top[r] - all) * scale);  // exactly 1 where they are the same
     top[r] = all;
   }
-  float sums[2][2] = {{total[0] * shrink[0], 0.f}, {total[1] * shrink[1], 0.f}};
+  // Not to be joined with the sum that follows: what a tile gives is the same wherever this function was put.
+  float sums[2][2] = {{__fmul_rn(total[0], shrink[0]), 0.f}, {__fmul_rn(total[1], shrink[1]), 0.f}};
 #pragma unroll
   for (int i = 0; i < 64; i++) {
     scores[i] = power_of_two(fmaf(scores[i], scale, -base[i / 2 % 2]));
@@ -273,13 +281,14 @@ __device__ __forceinline__ void round_weights(uint32_t (&weights)[8][4], const f
   for (int i = 0; i < 32; i++) weights[i / 4][i % 4] = pack(scores[i * 2], scores[i * 2 + 1]);
 }
 
-// A lane's part of two rows, 8 rows apart, to the workspace at row `at`.
+// A lane's part of two rows, 8 rows apart, to the workspace at row `at`, if they are there.
 template <int D>
-__device__ __forceinline__ void write_part(const Problem& p, int64_t at, int lane, const float (&sum)[D / 2],
-                                           const float (&factor)[2], const float (&lse)[2]) {
-  float* sums = p.partial + int64_t(p.parts) * p.kv_heads * kRows * D;
+__device__ __forceinline__ void write_part(const Problem& p, int64_t at, const bool (&there)[2], int lane,
+                                           const float (&sum)[D / 2], const float (&factor)[2], const float (&lse)[2]) {
+  float* sums = p.partial + int64_t(p.parts) * p.kv_heads * p.part_rows * D;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
+    if (!there[r]) continue;
     if (lane % 4 == 0) sums[at + r * 8] = lse[r];
     float* to = p.partial + (at + r * 8) * D + lane % 4 * 2;
 #pragma unroll
@@ -368,6 +377,29 @@ __device__ __forceinline__ void compute(const Problem& p, const Shared<D> shared
 
     leave(shared.emptied(place.slot));
     if (item.end - 1 == item.begin) leave(shared.queries_emptied(buffer.slot));
+    // None of this warpgroup's rows may be there, as where few tokens ask. Then it computes nothing but keeps step, and
+    // the matrix units are the other's, which so keeps up with the memory.
+    const bool idle = which * 64 >= item.tokens * group;
+    if (idle) {
+      place.advance();
+      for (int tile = item.end - 2; tile >= item.begin; tile--) {
+        wait_phase(shared.filled(place.slot), place.parity);
+        wait_named(kTurn + which, 256);
+        arrive_named(kTurn + 1 - which, 256);
+        leave(shared.emptied(place.slot));
+        if (tile == item.begin) leave(shared.queries_emptied(buffer.slot));
+        place.advance();
+        wait_phase(shared.filled(place.slot), place.parity);
+        leave(shared.emptied(place.slot));
+        place.advance();
+      }
+      wait_phase(shared.filled(place.slot), place.parity);
+      leave(shared.emptied(place.slot));
+      place.advance();
+      buffer.advance();
+      begin_item();
+      continue;
+    }
     hide<kWindow>(scores, bounds(item.end - 1));
     weigh(scores, top, total, shrink, scale);
     round_weights(weights, scores);
@@ -438,8 +470,9 @@ __device__ __forceinline__ void compute(const Problem& p, const Shared<D> shared
     leave(shared.emptied(last.slot));
     const float sums[2] = {(top[0] * scale + log2f(total[0])) * kLn2, (top[1] * scale + log2f(total[1])) * kLn2};
     if (done.part > 0) {
-      const int64_t at = (int64_t(done.part - 1) * p.kv_heads + done_head) * kRows + row;
-      write_part<D>(p, at, lane, sum, shrink, sums);
+      const int64_t at = (int64_t(done.part - 1) * p.kv_heads + done_head) * p.part_rows + row;
+      const bool there[2] = {token[0] < done.tokens, token[1] < done.tokens};
+      write_part<D>(p, at, there, lane, sum, shrink, sums);
     } else {
 #pragma unroll
       for (int r = 0; r < 2; r++) {
@@ -477,12 +510,13 @@ constexpr int kMergeRows = 16;  // of a thread block
 // Each thread 4 elements of a row.
 template <int D>
 __global__ void __launch_bounds__(D / 4 * kMergeRows) merge(const Problem p) {
+  if (p.counts != nullptr && int(blockIdx.x) >= p.counts[1] * p.kv_heads) return;
   const Merge merge = p.merges[blockIdx.x / p.kv_heads];
   const int head = blockIdx.x % p.kv_heads, group = p.heads / p.kv_heads;
   const int row = blockIdx.y * kMergeRows + threadIdx.x / (D / 4), element = threadIdx.x % (D / 4) * 4;
   if (row >= merge.tokens * group) return;
-  const float* sums = p.partial + int64_t(p.parts) * p.kv_heads * kRows * D;
-  const auto at = [&](int part) { return (int64_t(merge.first_part + part) * p.kv_heads + head) * kRows + row; };
+  const float* sums = p.partial + int64_t(p.parts) * p.kv_heads * p.part_rows * D;
+  const auto at = [&](int part) { return (int64_t(merge.first_part + part) * p.kv_heads + head) * p.part_rows + row; };
   float highest = kLowest;
   for (int part = 0; part < merge.parts; part++) highest = fmaxf(highest, sums[at(part)]);
   float total = 0.f, x[4] = {};
@@ -506,7 +540,7 @@ int launch(const Problem& p, const CUtensorMap& q_map, const CUtensorMap& kv_map
   if (allowed != cudaSuccess) return allowed;
   prefill<D, kWindow><<<blocks, kThreads, bytes, stream>>>(p, q_map, kv_map);
   if (p.merges_of_head > 0)
-    merge<D><<<dim3(p.merges_of_head * p.kv_heads, kRows / kMergeRows), D / 4 * kMergeRows, 0, stream>>>(p);
+    merge<D><<<dim3(p.merges_of_head * p.kv_heads, ceil_div(p.part_rows, kMergeRows)), D / 4 * kMergeRows, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -527,21 +561,86 @@ int launch(const Problem& p, const void* q, const void* pool, int64_t q_stride, 
                       : launch<D, false>(p, q_map, kv_map, blocks, stream);
 }
 
+constexpr int kMostPiece = 64;  // tiles
+
+// One thread block. Of sequences of which one token asks, the newest: an item for every piece of its keys, the longest
+// first, and a merge where there are several.
+//   context_lens [S] int32, 0: nobody's    items [S * pieces], merges [S], counts [2]: how many of each
+__global__ void __launch_bounds__(1024) plan_pieces(const int32_t* context_lens, Item* items, Merge* merges,
+                                                    int32_t* counts, int sequences, int window, int piece) {
+  __shared__ int places[kMostPiece + 1], merged, parted;  // of items of each length: how many, then where the next goes
+  for (int i = threadIdx.x; i <= kMostPiece; i += blockDim.x) places[i] = 0;
+  if (threadIdx.x == 0) merged = parted = 0;
+  __syncthreads();
+  const auto each = [&](auto visit) {
+    for (int s = threadIdx.x; s < sequences; s += blockDim.x) {
+      const int context = context_lens[s];
+      if (context <= 0) continue;
+      const int begin = window > 0 ? max(0, context - window) / kKeys : 0, end = (context + kKeys - 1) / kKeys;
+      visit(s, context, begin, end, begin / piece, (end - 1) / piece);
+    }
+  };
+  each([&](int, int, int begin, int end, int first, int last) {
+    for (int i = first; i <= last; i++) atomicAdd(&places[min(end, (i + 1) * piece) - max(begin, i * piece)], 1);
+  });
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int before = 0;
+    for (int length = kMostPiece; length > 0; length--) {
+      const int count = places[length];
+      places[length] = before;
+      before += count;
+    }
+    counts[0] = before;
+  }
+  __syncthreads();
+  each([&](int s, int context, int begin, int end, int first, int last) {
+    const int parts = last - first + 1;
+    int part = 0;
+    if (parts > 1) {
+      part = atomicAdd(&parted, parts);
+      merges[atomicAdd(&merged, 1)] = {s, 1, part, parts};
+    }
+    for (int i = first; i <= last; i++) {
+      const int from = max(begin, i * piece), to = min(end, (i + 1) * piece);
+      items[atomicAdd(&places[to - from], 1)] =
+          {s, 1, context - 1, context, s, from, to, parts > 1 ? part + i - first + 1 : 0};
+    }
+  });
+  __syncthreads();
+  if (threadIdx.x == 0) counts[1] = merged;
+}
+
 }  // namespace
 #endif
 
-// items, merges: as the structs, 8 and 4 int32 each. taken: two zeros, which each launch leaves as it found them.
+// What `prefill_attention` does for one token of each sequence, its keys cut at multiples of `piece` tiles: see plan_pieces.
+BATON_EXPORT int plan_token_pieces(const int32_t* context_lens, int32_t* items, int32_t* merges, int32_t* counts,
+                                   int sequences, int window, int piece, cudaStream_t stream) {
+#if __CUDA_ARCH_LIST__ == 900
+  if (sequences < 0 || window < 0 || piece <= 0 || piece > kMostPiece) return cudaErrorInvalidValue;
+  plan_pieces<<<1, 1024, 0, stream>>>(context_lens, reinterpret_cast<Item*>(items), reinterpret_cast<Merge*>(merges),
+                                      counts, sequences, window, piece);
+  return cudaGetLastError();
+#else
+  return cudaErrorInvalidValue;
+#endif
+}
+
+// items, merges: as the structs, 8 and 4 int32 each. counts: null, or how many there are of them, and items_of_head and
+// merges_of_head are how many there may be. part_rows: of a part in the workspace, all that an item has. taken: two zeros, which each launch leaves as it found them.
 // `blocks`: at most as many thread blocks. Table entries past a sequence's context are not read.
 BATON_EXPORT int prefill_attention(const void* q, const void* pool, const int32_t* block_tables, const int32_t* items,
-                                   const int32_t* merges, void* out, float* lse, float* partial, int32_t* taken,
+                                   const int32_t* merges, const int32_t* counts, void* out, float* lse,
+                                   float* partial, int32_t* taken,
                                    int64_t q_stride, int64_t pool_blocks, int tokens, int items_of_head,
-                                   int merges_of_head, int parts, int heads, int kv_heads, int head_size,
+                                   int merges_of_head, int parts, int part_rows, int heads, int kv_heads, int head_size,
                                    int block_tokens, int layers, int layer, int table_stride, int window, int blocks,
                                    float scale, cudaStream_t stream) {
 #if __CUDA_ARCH_LIST__ == 900
   if (tokens == 0 || items_of_head == 0) return cudaSuccess;
   if (tokens < 0 || items_of_head < 0 || kv_heads <= 0 || heads % kv_heads != 0 || heads / kv_heads > kRows ||
-      block_tokens % 16 != 0 || blocks <= 0 || !(scale > 0.f) || pool_blocks * layers * 2 * kv_heads > INT_MAX)
+      block_tokens % 16 != 0 || blocks <= 0 || part_rows > kRows || !(scale > 0.f) || pool_blocks * layers * 2 * kv_heads > INT_MAX)
     return cudaErrorInvalidValue;
   const Problem p{reinterpret_cast<const Item*>(items),
                   reinterpret_cast<const Merge*>(merges),
@@ -553,6 +652,8 @@ BATON_EXPORT int prefill_attention(const void* q, const void* pool, const int32_
                   items_of_head,
                   merges_of_head,
                   parts,
+                  counts,
+                  part_rows,
                   heads,
                   kv_heads,
                   block_tokens,

@@ -29,6 +29,8 @@ def test_checksums_are_switched_by_words_or_as_yaml_reads_them(tmp_path: Path) -
     assert not load({}, {}, file).kv_checksums
     assert load({"kv_checksums": "on"}, {"BATON_KV_CHECKSUMS": "off"}, file).kv_checksums
     assert not load({}, {"BATON_KV_CHECKSUMS": "off"}, None).kv_checksums
+    assert load({"deterministic": "on"}, {}, file).deterministic
+    assert not load({}, {}, file).deterministic
 
 
 def test_workers_that_do_both_come_alone_unless_others_are_asked_for_too() -> None:

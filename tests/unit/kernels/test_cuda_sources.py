@@ -9,6 +9,7 @@ from ...emulation import library as emulation
 from ...gpu import (
     test_activation,
     test_block_copy,
+    test_exact_attention,
     test_norm,
     test_paged_attention,
     test_prefill_attention,
@@ -48,6 +49,7 @@ pytestmark = pytest.mark.skipif(emulation.missing() is not None, reason=f"emulat
 for _module in (
     test_activation,
     test_block_copy,
+    test_exact_attention,
     test_norm,
     test_paged_attention,
     test_prefill_attention,
