@@ -313,7 +313,7 @@ def live(rank: int, url: str, ours: Connection, options: argparse.Namespace) -> 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="sums of few sizes, and one sequence alone")
-    parser.add_argument("--ahead", type=int, nargs="+", default=[0, ahead.SUM_BYTES >> 20], metavar="MB")
+    parser.add_argument("--ahead", type=int, nargs="+", default=[0], metavar="MB")
     parser.add_argument("--attention", type=int, default=0, metavar="MB", help="ahead, while tokens attend")
     parser.add_argument("--profile", action="store_true", help="show which kernels a step is made of")
     parser.add_argument("--json", type=Path)
