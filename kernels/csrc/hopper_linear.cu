@@ -10,8 +10,8 @@
 // same whatever the other rows are and however many.
 //
 // Few rows (`few`) are bound by memory: O * I * 2 bytes are read once. Sums of pieces go to a workspace, and the last
-// thread block of a tile to arrive adds them up. A thread block takes less than half of a multiprocessor, so that the next
-// product on the stream, whose weights nobody writes, fills its ring with them while this one ends.
+// thread block of a tile to arrive adds them up. The next product on the stream, whose weights nobody writes, fills its ring
+// with them where a thread block of this one has ended and others have not.
 // Many rows (`many`) are bound by the matrix units: 2 T O I operations. A thread block does whole tiles for kMany rows of
 // x at a time, and adds pieces up in registers, cut where those of few rows are.
 //
@@ -32,11 +32,11 @@ namespace {
 
 using namespace baton;
 
-// To be tried: kColumns 64, 128; kRingBytes 73 << 10, 112 << 10, 220 << 10 (three, two and one thread block at a time);
-// kMany 128, 192, with kManyRingBytes; kGroup 4, 8, 16.
+// On an H200 a ring of which two thread blocks fit (111 KB) was 2 to 38 % slower over a layer, one of which three fit 20 to
+// 40 %, and kColumns 128 with the former as slow from 32 rows on. To be tried: kMany 192; kGroup 4, 16; kMostStages 12.
 constexpr int kColumns = 64;               // of W in a chunk
 constexpr int kMostFew = 64;               // rows of x
-constexpr int kRingBytes = 220 << 10;      // of few rows: two thread blocks, each with 1 KB more, share 228 KB
+constexpr int kRingBytes = 220 << 10;      // of few rows: one thread block at a time on a multiprocessor
 constexpr int kMany = 128;                 // rows of x at a time
 constexpr int kManyRingBytes = 224 << 10;
 constexpr int kGroup = 8;                  // slabs of x that take turns at a tile, so that the L2 cache holds both
