@@ -32,9 +32,9 @@ class RankPart:
     def executor(self, max_batch: int) -> Executor:
         """Ranks that share a model call it with equal arguments."""
         max_blocks = -(-self.max_model_len // self.kv_cache.geometry.block_tokens)
-        capture, peers = self._capture(), self.model.head.communicator
+        capture = self._capture()
         with torch.inference_mode():
-            if capture is not None and peers.size > 1:  # of other graphs than theirs there would be no end
+            if capture is not None and (peers := self.model.head.communicator).size > 1:  # else no replay would end
                 agreed = peers.broadcast(torch.tensor([max_batch], device=self.model.device)).item()
                 assert agreed == max_batch, (agreed, max_batch)
             return Executor(self.model, self.kv_cache, max_batch, max_blocks, capture)
