@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from . import ahead as weights_ahead
 from . import mailbox
 from .build import DTYPES, stream
 from .mailbox import FEW_BYTES, INBOX_BYTES, MOST_ROWS, Pair, whole_run
@@ -26,34 +25,23 @@ def fits(rows: int, hidden: int, dtype: torch.dtype) -> bool:
 
 def peer_sum(pair: Pair, x: Tensor) -> Tensor:
     """x [T, hidden] becomes the sum of both ranks', the same bits on each. Returns x."""
-    _launch(pair, x, None, None, x, 0.0, None)
+    _launch(pair, x, None, None, x, 0.0)
     return x
 
 
-def peer_add_rms_norm(
-    pair: Pair, delta: Tensor, x: Tensor, weight: Tensor, eps: float, ahead: Tensor | None = None
-) -> Tensor:
+def peer_add_rms_norm(pair: Pair, delta: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x += the sum of both ranks' deltas; gives its norm.    delta, x [T, hidden], weight [hidden]
 
-    The sum is float32 and rounded once; the norm is of what x has become. ahead [O, I]: a weight that nothing writes
-    and that is read next; where few rows meet, its beginning is fetched into the L2 cache meanwhile.
+    The sum is float32 and rounded once; the norm is of what x has become.
     """
     assert delta.shape == x.shape, (delta.shape, x.shape)
     assert weight.shape == x.shape[1:], (weight.shape, x.shape)
     out = torch.empty_like(x)
-    _launch(pair, delta, x, weight, out, eps, ahead)
+    _launch(pair, delta, x, weight, out, eps)
     return out
 
 
-def _launch(
-    pair: Pair,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    out: Tensor,
-    eps: float,
-    ahead: Tensor | None,
-) -> None:
+def _launch(pair: Pair, x: Tensor, residual: Tensor | None, weight: Tensor | None, out: Tensor, eps: float) -> None:
     rows, hidden = x.shape
     assert fits(rows, hidden, x.dtype), (x.shape, x.dtype)
     assert whole_run(x, (residual, weight, out)), (x.stride(), x.dtype)
@@ -70,7 +58,6 @@ def _launch(
         None if residual is None else residual.data_ptr(),
         None if weight is None else weight.data_ptr(),
         out.data_ptr(),
-        *weights_ahead.asked(ahead if few else None, weights_ahead.SUM_BYTES),
         2 * mailbox.FEW_BYTES if few else mailbox.INBOX_BYTES,
         DTYPES[x.dtype],
         pair.rank,

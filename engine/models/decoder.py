@@ -64,7 +64,7 @@ class Model:
         if batch.wanted is not None:
             stream = stream.index_select(0, batch.wanted)
             delta = None if delta is None else delta.index_select(0, batch.wanted)
-        return self.head(self.norm(stream, delta, self.head.part.weight), step)
+        return self.head(self.norm(stream, delta), step)
 
 
 def read_model(

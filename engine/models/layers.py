@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...kernels.ahead import fetch_ahead
 from ...kernels.experts import mix_experts, route
 from ...kernels.linear import add_linear, gated_linear, is_skinny, linear, pack_weight
 from ...kernels.norm import rms_norm
@@ -113,12 +112,11 @@ class Norm:
     eps: float
     communicator: Communicator
 
-    def __call__(self, stream: Tensor, delta: Tensor | None = None, ahead: Tensor | None = None) -> Tensor:
-        """stream += the sum of the ranks' deltas, in place; -> the norm of the sum. Both [rows, hidden]. ahead: the
-        weight that is read next."""
+    def __call__(self, stream: Tensor, delta: Tensor | None = None) -> Tensor:
+        """stream += the sum of the ranks' deltas, in place; -> the norm of the sum. Both [rows, hidden]."""
         if delta is None:
             return rms_norm(stream, self.weight, self.eps)
-        return add_rms_norm(self.communicator, delta, stream, self.weight, self.eps, ahead)
+        return add_rms_norm(self.communicator, delta, stream, self.weight, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +135,6 @@ class Attention:
         K and V."""
         batch, pool = step.batch, step.pool
         qkv = self.qkv(x, step).view(x.shape[0], -1, self.head_size)
-        fetch_ahead(self.output.part.weight, x.shape[0])
         q = rotary_write(qkv, step.rotation, pool, self.layer, batch.slots, self.head_norms, batch.write_plan)
         attended = attend(q, pool, self.layer, self.head_size**-0.5, self.window, batch)
         return self.output(attended.view(x.shape[0], -1), stream, step)
@@ -185,6 +182,5 @@ class DecoderLayer:
 
         Of what it lacks each rank has a part, and the next norm adds them up.
         """
-        delta = self.attention(self.input_norm(stream, delta, self.attention.qkv.weight), stream, step)
-        ahead = self.mlp.gate_up.weight if isinstance(self.mlp, Mlp) else None
-        return self.mlp(self.post_attention_norm(stream, delta, ahead), stream, step)
+        delta = self.attention(self.input_norm(stream, delta), stream, step)
+        return self.mlp(self.post_attention_norm(stream, delta), stream, step)

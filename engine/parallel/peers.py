@@ -29,10 +29,10 @@ class Peers:
     def all_reduce(self, x: Tensor) -> Tensor:
         return peer_sum(self._pair, x) if self._serves(x) else self._rest.all_reduce(x)
 
-    def add_rms_norm(self, delta: Tensor, stream: Tensor, weight: Tensor, eps: float, ahead: Tensor | None) -> Tensor:
+    def add_rms_norm(self, delta: Tensor, stream: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See the function of this name."""
         if self._serves(delta):
-            return peer_add_rms_norm(self._pair, delta, stream, weight, eps, ahead)
+            return peer_add_rms_norm(self._pair, delta, stream, weight, eps)
         return norm.add_rms_norm(self._rest.all_reduce(delta), stream, weight, eps)
 
     def gather_last(self, x: Tensor) -> Tensor:
@@ -77,13 +77,11 @@ def add_rms_norm(
     stream: Tensor,
     weight: Tensor,
     eps: float,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     """stream += the sum of the ranks' deltas, in place; -> its norm.    delta, stream [T, hidden], weight [hidden].
 
-    In one kernel where there is one for these ranks. delta may be changed. ahead [O, I]: a weight that is read next, if
-    that is known: memory that waits for ranks can fetch some of it. Raises RankLost.
+    In one kernel where there is one for these ranks. delta may be changed. Raises RankLost.
     """
     if isinstance(communicator, Peers):
-        return communicator.add_rms_norm(delta, stream, weight, eps, ahead)
+        return communicator.add_rms_norm(delta, stream, weight, eps)
     return norm.add_rms_norm(communicator.all_reduce(delta), stream, weight, eps)

@@ -12,9 +12,6 @@
 // A number comes again after 2^32 calls, two days of decoding: it would be taken for that of a row which was last used then,
 // to the call.
 // Sums are float32, of rank 0's x first, so both ranks get the same bits.
-//
-// While few rows are on their way the memory has nothing to do, so more thread blocks ask for the weight that is next.
-#include "ahead.cuh"
 #include "launch.cuh"
 #include "peer.cuh"
 #include "vectors.cuh"
@@ -41,7 +38,6 @@ struct Problem {
   void* out;
   int rank, vecs;  // vectors of a row
   int64_t half;    // vectors
-  baton::Ahead ahead;
   int tokens;
   float share, eps;  // 1 / hidden
 };
@@ -115,10 +111,6 @@ __global__ void __launch_bounds__(kThreads) sum_of_two(const Problem p) {
   uint4* out = static_cast<uint4*>(p.out) + row;
   uint4 mine[kVecs], others[kVecs], before[kVecs], weights[kVecs];
   baton::let_next_begin();
-  if (int(blockIdx.x) >= p.tokens) {
-    p.ahead.ask(blockIdx.x - p.tokens, gridDim.x - p.tokens);
-    return;
-  }
   if (p.stream != nullptr)
     each<kVecs>(p.vecs, [&](int i, int vec) { weights[i] = static_cast<const uint4*>(p.weight)[vec]; });
   baton::await_earlier();
@@ -174,24 +166,22 @@ int launch(const Problem& p, cudaStream_t queue) {
     if (p.vecs > kVecs * kThreads) return launch<T, kVecs * 2>(p, queue);
   }
   if (p.vecs > kVecs * kThreads) return cudaErrorInvalidValue;
-  return baton::launch(sum_of_two<T, kVecs>, dim3(p.tokens + p.ahead.blocks()), kThreads, 0, queue, p);
+  return baton::launch(sum_of_two<T, kVecs>, dim3(p.tokens), kThreads, 0, queue, p);
 }
 
 }  // namespace
 
 // dtype 0: float32, 1: bfloat16. arrived_there null: `there` and `here` are few, else inbox; a half of either has `half`
-// bytes. residual (the stream) and weight null: out becomes the sum. ahead: see ahead.cuh.
+// bytes. residual (the stream) and weight null: out becomes the sum.
 BATON_EXPORT int peer_sum(const void* x, void* there, const void* here, uint32_t* arrived_there,
                           const uint32_t* arrived_here, uint32_t* calls, const uint32_t* stop, void* residual,
-                          const void* weight, void* out, const void* ahead, int64_t pitch, int ahead_rows, int ahead_bytes,
-                          int64_t half, int dtype, int rank, int tokens, int hidden, float eps, cudaStream_t queue) {
+                          const void* weight, void* out, int64_t half, int dtype, int rank, int tokens, int hidden,
+                          float eps, cudaStream_t queue) {
   const int per_vec = dtype == 0 ? 4 : 8;
   const int vecs = hidden / per_vec;
   if (tokens == 0) return cudaSuccess;
   const int64_t needed = int64_t(tokens) * vecs * baton::kVecBytes * (arrived_there == nullptr ? 2 : 1);
   if (tokens < 0 || hidden <= 0 || hidden % per_vec != 0 || needed > half) return cudaErrorInvalidValue;
-  const baton::Ahead asked{static_cast<const char*>(ahead), pitch, ahead_rows, ahead_bytes};
-  if (!asked.valid()) return cudaErrorInvalidValue;
   const Problem p{x,
                   static_cast<uint4*>(there),
                   static_cast<const uint4*>(here),
@@ -205,7 +195,6 @@ BATON_EXPORT int peer_sum(const void* x, void* there, const void* here, uint32_t
                   rank,
                   vecs,
                   half / baton::kVecBytes,
-                  asked,
                   tokens,
                   1.f / float(hidden),
                   eps};

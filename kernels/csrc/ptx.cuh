@@ -80,13 +80,6 @@ __device__ __forceinline__ uint4 load_flagged(const uint4* from) {
   return found;
 }
 
-// Asks for bytes to be in the L2 cache soon, and waits for nothing; before sm_90 it asks for none. Both multiples of 16.
-__device__ __forceinline__ void prefetch_bytes(const void* from, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
-
 // By a clock that every multiprocessor reads alike.
 __device__ __forceinline__ uint64_t nanoseconds() {
   uint64_t now;

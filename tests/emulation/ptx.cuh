@@ -106,14 +106,6 @@ inline uint4 load_flagged(const uint4* from) {
   return {uint32_t(first), uint32_t(first >> 32), uint32_t(second), uint32_t(second >> 32)};
 }
 
-inline void prefetch_bytes(const void* from, uint32_t bytes) {
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0 || bytes == 0) {
-    emulation::fail("a prefetch of what is no multiple of 16");
-  }
-  const auto* at = static_cast<const volatile unsigned char*>(from);
-  (void)at[0], (void)at[bytes - 1];
-}
-
 inline uint64_t nanoseconds() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
