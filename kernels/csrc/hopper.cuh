@@ -138,14 +138,11 @@ __device__ __forceinline__ void close_products() { asm volatile("wgmma.commit_gr
 #define BATON_LIST_32 BATON_LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define BATON_LIST_64 BATON_LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define BATON_LIST_96 BATON_LIST_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define BATON_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define BATON_8(d, i) BATON_4(d, i), BATON_4(d, i + 4)
 #define BATON_16(d, i) BATON_8(d, i), BATON_8(d, i + 8)
 #define BATON_32(d, i) BATON_16(d, i), BATON_16(d, i + 16)
 #define BATON_64(d, i) BATON_32(d, i), BATON_32(d, i + 32)
-#define BATON_96(d, i) BATON_64(d, i), BATON_32(d, i + 64)
 
 // kElements, and the places of the three operands after the accumulator's.
 #define BATON_ROWS(count, columns, a_at, b_at, add_at) \
@@ -158,18 +155,16 @@ __device__ __forceinline__ void close_products() { asm volatile("wgmma.commit_gr
         : "l"(a), "l"(b), "n"(int(kAdd)))
 
 // d [64, N] = or += a [64, 16] b^T, both from shared memory, rows of 16 values of one atom's columns; b has N rows, 8, 16,
-// 32, 64, 128 or 192. Warp w of the warpgroup has rows 16 w to 16 w + 15; lane l elements 8 j + l % 4 * 2 and the next
+// 32, 64 or 128. Warp w of the warpgroup has rows 16 w to 16 w + 15; lane l elements 8 j + l % 4 * 2 and the next
 // of row l / 4 as d[4 j], d[4 j + 1], and of row l / 4 + 8 as d[4 j + 2], d[4 j + 3].
 template <bool kAdd, int kElements>
 __device__ __forceinline__ void multiply_rows(float (&d)[kElements], uint64_t a, uint64_t b) {
-  static_assert(kElements == 4 || kElements == 8 || kElements == 16 || kElements == 32 || kElements == 64 ||
-                kElements == 96);
+  static_assert(kElements == 4 || kElements == 8 || kElements == 16 || kElements == 32 || kElements == 64);
   BATON_ROWS(4, "8", "4", "5", "6");
   BATON_ROWS(8, "16", "8", "9", "10");
   BATON_ROWS(16, "32", "16", "17", "18");
   BATON_ROWS(32, "64", "32", "33", "34");
   BATON_ROWS(64, "128", "64", "65", "66");
-  BATON_ROWS(96, "192", "96", "97", "98");
 }
 
 // d [64, N] += a [64, 16] b [16, N], a from registers as four of multiply_rows' d[8 k ...] rounded, b's rows from
@@ -196,14 +191,12 @@ __device__ __forceinline__ void multiply_columns(float (&d)[32], const uint32_t 
 
 template <int kNewest, int kElements>
 __device__ __forceinline__ void wait_products(float (&d)[kElements]) {
-  static_assert(kElements == 4 || kElements == 8 || kElements == 16 || kElements == 32 || kElements == 64 ||
-                kElements == 96);
+  static_assert(kElements == 4 || kElements == 8 || kElements == 16 || kElements == 32 || kElements == 64);
   BATON_WAIT(4);
   BATON_WAIT(8);
   BATON_WAIT(16);
   BATON_WAIT(32);
   BATON_WAIT(64);
-  BATON_WAIT(96);
 }
 
 // The same where newer groups still add to what the older ones made: what they read of shared memory is free again.
@@ -230,13 +223,11 @@ __device__ __forceinline__ void settle(const float (&x)[2]) {
 #undef BATON_LIST_16
 #undef BATON_LIST_32
 #undef BATON_LIST_64
-#undef BATON_LIST_96
 #undef BATON_4
 #undef BATON_8
 #undef BATON_16
 #undef BATON_32
 #undef BATON_64
-#undef BATON_96
 
 // 2^x, to 2 units in the last place; 0 where that is not a normal number.
 __device__ __forceinline__ float power_of_two(float x) {

@@ -24,7 +24,9 @@
 #if __CUDA_ARCH_LIST__ == 900
 #include "hopper.cuh"
 #include "launch.cuh"
+#include "pairs.cuh"
 #include "ptx.cuh"
+#include "ring.cuh"
 
 #include <climits>
 
@@ -33,7 +35,7 @@ namespace {
 using namespace baton;
 
 // On an H200 a ring of which two thread blocks fit (111 KB) was 2 to 38 % slower over a layer, one of which three fit 20 to
-// 40 %, and kColumns 128 with the former as slow from 32 rows on. To be tried: kMany 192; kGroup 4, 16; kMostStages 12.
+// 40 %, and kColumns 128 with the former as slow from 32 rows on. To be tried: kGroup 4, 16; kMostStages 12.
 constexpr int kColumns = 64;               // of W in a chunk
 constexpr int kMostFew = 64;               // rows of x
 constexpr int kRingBytes = 220 << 10;      // of few rows: one thread block at a time on a multiprocessor
@@ -81,16 +83,6 @@ struct Layout {
   static_assert(kStages >= 2 && kBytes <= kSharedBytes);
 };
 
-// A place in a ring, and whether it was passed an odd number of times.
-template <int kCount>
-struct Place {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++slot == kCount) slot = 0, parity ^= 1;
-  }
-};
-
 template <typename X>
 struct Ring {
   uint32_t start;
@@ -136,14 +128,6 @@ struct Ring {
     close_products();
   }
 };
-
-__device__ __forceinline__ float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_half(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(both);
-}
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 
@@ -254,7 +238,7 @@ __global__ void __launch_bounds__(kComputing + 32, 2)
   const int64_t begin = run_begin(p, blockIdx.x);
   const int count = int(run_begin(p, blockIdx.x + 1) - begin);
   int tile = int(begin / p.chunks), chunk = int(begin % p.chunks);
-  Place<X::kStages> place;
+  RingPlace<X::kStages> place;
   if (warp == kComputing / 32) {
     if (lane != 0) return;
     const auto advance = [&](int& of, int& at) {
@@ -331,7 +315,7 @@ __global__ void __launch_bounds__(kComputing + 128, 1)
   }
   __syncthreads();
   const int slabs = ceil_div(p.tokens, X::kTokens), works = p.tiles * slabs;
-  Place<X::kStages> place;
+  RingPlace<X::kStages> place;
   if (threadIdx.x < 128) {
     give_registers<40>();
     if (threadIdx.x != 0) return;

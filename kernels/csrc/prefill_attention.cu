@@ -33,6 +33,8 @@
 
 #if __CUDA_ARCH_LIST__ == 900
 #include "hopper.cuh"
+#include "pairs.cuh"
+#include "ring.cuh"
 
 #include <algorithm>
 #include <climits>
@@ -101,16 +103,6 @@ struct Layout {
   static_assert(kBytes <= kSharedBytes);
 };
 
-// A place in a ring, and whether it was passed an odd number of times.
-template <int kCount>
-struct Place {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++slot == kCount) slot = 0, parity ^= 1;
-  }
-};
-
 // What comes with the queries.
 struct Work {
   Item item;
@@ -141,8 +133,8 @@ __device__ __forceinline__ void fill(const Problem& p, const CUtensorMap* q_map,
   if (lane == 0) prefetch_map(q_map), prefetch_map(kv_map);
   const int group = p.heads / p.kv_heads, boxes = kKeys / p.box_tokens, box_bytes = p.box_tokens / 8 * X::kDown;
   const int total = (p.counts == nullptr ? p.items_of_head : p.counts[0]) * p.kv_heads;
-  Place<kSlots> place;
-  Place<kBuffers> buffer;
+  RingPlace<kSlots> place;
+  RingPlace<kBuffers> buffer;
   Item item = p.items[blockIdx.x / p.kv_heads];
   for (int index = blockIdx.x; index < total; buffer.advance()) {
     const int head = index % p.kv_heads;
@@ -200,11 +192,6 @@ __device__ __forceinline__ void fill(const Problem& p, const CUtensorMap* q_map,
     // Whoever comes last leaves zeros to the next launch.
     if (atomicAdd(p.taken + 1, 1) == int(gridDim.x) - 1) p.taken[0] = p.taken[1] = 0;
   }
-}
-
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(both);
 }
 
 template <int D>
@@ -341,8 +328,8 @@ __device__ __forceinline__ void compute(const Problem& p, const Shared<D> shared
   };
   if (which == 1) arrive_named(kTurn + 0, 256);  // the first turn is the other's
 
-  Place<kSlots> place;
-  Place<kBuffers> buffer;
+  RingPlace<kSlots> place;
+  RingPlace<kBuffers> buffer;
   Item item;
   int head;
   // Shuffled, a number is known to be the same in all lanes, and what is made of it stays in uniform registers.
@@ -406,7 +393,7 @@ __device__ __forceinline__ void compute(const Problem& p, const Shared<D> shared
     place.advance();
 
     if (item.end * kKeys > item.context) {  // V past the context's end may be NaN, and 0 * NaN is NaN
-      Place<kSlots> values = place;
+      RingPlace<kSlots> values = place;
       if (item.end - 1 > item.begin) values.advance();
       wait_phase(shared.filled(values.slot), values.parity);
       const int begin = item.context - (item.end - 1) * kKeys;
@@ -421,9 +408,9 @@ __device__ __forceinline__ void compute(const Problem& p, const Shared<D> shared
 
     const auto step = [&](int tile, auto hidden) {
       place.slot = uniform(place.slot);
-      const Place<kSlots> keys = place;
+      const RingPlace<kSlots> keys = place;
       place.advance();
-      const Place<kSlots> values = place;
+      const RingPlace<kSlots> values = place;
       place.advance();
       wait_phase(shared.filled(keys.slot), keys.parity);
       wait_named(kTurn + which, 256);
@@ -452,7 +439,7 @@ __device__ __forceinline__ void compute(const Problem& p, const Shared<D> shared
       for (; tile >= item.begin; tile--) step(tile, std::true_type());
 
     place.slot = uniform(place.slot);
-    const Place<kSlots> last = place;
+    const RingPlace<kSlots> last = place;
     wait_phase(shared.filled(last.slot), last.parity);
     begin_sum<D>(sum, weights, shared.tile(last.slot));
     place.advance();

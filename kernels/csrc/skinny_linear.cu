@@ -15,13 +15,17 @@
 // products. Which row is which is free as well: they are chosen so that what a lane has of a token in the end is 8
 // neighbours of `out`.
 #include "common.cuh"
+#include "pairs.cuh"
 #include "ptx.cuh"
 
 namespace {
 
 using baton::commit_copies;
 using baton::copy_16;
+using baton::high_half;
+using baton::low_half;
 using baton::multiply;
+using baton::pack;
 using baton::transposed;
 using baton::wait_copies;
 
@@ -67,14 +71,6 @@ struct Layout {
 struct Cursor {
   int tile, chunk;
 };
-
-__device__ __forceinline__ float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high_half(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(both);
-}
 
 // Of rows `row` and `row` + 2, this lane's 8 columns of a step, for two products.
 __device__ __forceinline__ void load_rows(uint32_t (&a)[2][4], const unsigned char* tile, int row, int step,

@@ -28,6 +28,7 @@
 #include "common.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
+#include "pairs.cuh"
 #include "ptx.cuh"
 
 #include <cfloat>
@@ -41,6 +42,7 @@ using baton::kAtom;
 using baton::load_matrices;
 using baton::load_transposed;
 using baton::multiply;
+using baton::pack;
 using baton::transposed;
 using baton::wait_copies;
 
@@ -133,11 +135,6 @@ __device__ __forceinline__ Cut cut_of(int tiles, int blocks, int most_runs, int 
   }
   const int fixed = tiles - rest;
   return {tiles, fixed, blocks, fixed / blocks, fixed % blocks, grain, blocks + rest / grain};
-}
-
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(both);
 }
 
 template <int D, int kBlocks>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "pairs.cuh"
 
 namespace baton {
 
@@ -21,10 +22,7 @@ template <>
 __device__ __forceinline__ void unpack<__nv_bfloat16>(const uint4& raw, float (&x)[8]) {
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-  for (int i = 0; i < 4; i++) {  // a bfloat16 is the upper half of a float
-    x[2 * i] = __uint_as_float(words[i] << 16);
-    x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-  }
+  for (int i = 0; i < 4; i++) x[2 * i] = low_half(words[i]), x[2 * i + 1] = high_half(words[i]);
 }
 
 // Each rounded to the nearest T.
@@ -40,10 +38,7 @@ template <>
 __device__ __forceinline__ uint4 pack<__nv_bfloat16>(const float (&x)[8]) {
   uint32_t words[4];
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-    words[i] = reinterpret_cast<const uint32_t&>(both);
-  }
+  for (int i = 0; i < 4; i++) words[i] = pack(x[2 * i], x[2 * i + 1]);
   return {words[0], words[1], words[2], words[3]};
 }
 
