@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .prefill_tiles import TilePlan, plan_tiles, tile_library, tile_prefill_attention
+from .prefill_tiles import TilePlan, tile_library, tile_prefill_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def plan_prefill(
     `is_tiled(pool)` alone.
     """
     if tile_library(pool) is not None:
-        return PrefillPlan((), plan_tiles(query_starts, context_lens, exact))
+        return PrefillPlan((), TilePlan(query_starts, context_lens, exact))
     assert not exact, "no kernel for such a pool is exact"
     _, num_layers, _, heads, block_tokens, _ = pool.shape
     of_head = torch.arange(2 * heads, device=pool.device)[:, None]

@@ -7,6 +7,7 @@ token's result is bit for bit the same in a chunk of any length, and alone, as w
 import ctypes
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -136,9 +137,8 @@ def items_of(starts: npt.NDArray[np.int64], contexts: npt.NDArray[np.int64], gro
     assert 0 < group <= _ROWS, group
     step = _ROWS // group
     counts = np.diff(starts)
-    pieces = -(-counts // step)
-    sequence = np.repeat(np.arange(len(counts)), pieces)
-    first = (np.arange(len(sequence)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * step
+    sequence, number = _numbered(-(-counts // step))
+    first = number * step
     tokens = np.minimum(step, counts[sequence] - first)
     position = contexts[sequence] - counts[sequence] + first
     end = -(-(position + tokens) // _KEYS)
@@ -156,39 +156,23 @@ def cut(items: Array, kv_heads: int, blocks: int) -> tuple[Array, Array]:
     begin, end = items[:, 5].astype(np.int64), items[:, 6].astype(np.int64)
     share = max(_LEAST_TILES, -(-int((end - begin).sum()) * kv_heads // blocks))
     pieces = -(-(end - begin) // share)
-    parts = np.where(pieces > 1, pieces, 0)
-    first_part = np.cumsum(parts) - parts
-    merges = np.stack((items[:, 0], items[:, 1], first_part, parts), 1)[parts > 0].astype(np.int32)
-    source = np.repeat(np.arange(len(items)), pieces)
-    piece = np.arange(len(source)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    made = items[source]
+    source, piece = _numbered(pieces)
     tiles, count = (end - begin)[source], pieces[source]
-    made[:, 5] = begin[source] + tiles * piece // count
-    made[:, 6] = begin[source] + tiles * (piece + 1) // count
-    made[:, 7] = np.where(count > 1, first_part[source] + piece + 1, 0)
-    return made[np.argsort(made[:, 5] - made[:, 6], kind="stable")], merges
+    return _cut_at(items, pieces, begin[source] + tiles * piece // count, begin[source] + tiles * (piece + 1) // count)
 
 
 def cut_pieces(items: Array) -> tuple[Array, Array]:
     """Items cut at multiples of `_PIECE_TILES`, the longest first, and how to merge them; as `cut` gives them."""
-    first, last = items[:, 5] // _PIECE_TILES, (items[:, 6] - 1) // _PIECE_TILES
-    pieces = last - first + 1
-    parts = np.where(pieces > 1, pieces, 0)
-    first_part = np.cumsum(parts) - parts
-    merges = np.stack((items[:, 0], items[:, 1], first_part, parts), 1)[parts > 0].astype(np.int32)
-    source = np.repeat(np.arange(len(items)), pieces)
-    piece = np.arange(len(source)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    made = items[source]
-    begin = (first[source] + piece) * _PIECE_TILES
-    made[:, 5] = np.maximum(made[:, 5], begin)
-    made[:, 6] = np.minimum(made[:, 6], begin + _PIECE_TILES)
-    made[:, 7] = np.where(pieces[source] > 1, first_part[source] + piece + 1, 0)
-    return made[np.argsort(made[:, 5] - made[:, 6], kind="stable")], merges
+    pieces = _fixed_pieces(items)
+    source, piece = _numbered(pieces)
+    begin = (items[source, 5] // _PIECE_TILES + piece) * _PIECE_TILES
+    ends = np.minimum(items[source, 6], begin + _PIECE_TILES)
+    return _cut_at(items, pieces, np.maximum(items[source, 5], begin), ends)
 
 
 def groups_of(items: Array, most_parts: int) -> list[Array]:
     """Items of `items_of` in groups that `cut_pieces` makes no more parts of; one has more where a single item does."""
-    pieces = (items[:, 6] - 1) // _PIECE_TILES - items[:, 5] // _PIECE_TILES + 1
+    pieces = _fixed_pieces(items)
     parts = np.where(pieces > 1, pieces, 0)
     groups, begin, count = [], 0, 0
     for at, more in enumerate(parts.tolist()):
@@ -199,6 +183,31 @@ def groups_of(items: Array, most_parts: int) -> list[Array]:
     return [*groups, items[begin:]]
 
 
+def _fixed_pieces(items: Array) -> npt.NDArray[np.int64]:
+    """How many each is cut into at multiples of `_PIECE_TILES`."""
+    return ((items[:, 6] - 1) // _PIECE_TILES - items[:, 5] // _PIECE_TILES + 1).astype(np.int64)
+
+
+def _cut_at(
+    items: Array, pieces: npt.NDArray[np.int64], begins: npt.NDArray[Any], ends: npt.NDArray[Any]
+) -> tuple[Array, Array]:
+    """Items in so many pieces each, from the first tile of each piece to the one past its last; as `cut` gives them."""
+    source, piece = _numbered(pieces)
+    parts = np.where(pieces > 1, pieces, 0)
+    first_part = np.cumsum(parts) - parts
+    merges = np.stack((items[:, 0], items[:, 1], first_part, parts), 1)[parts > 0].astype(np.int32)
+    made = items[source]
+    made[:, 5], made[:, 6] = begins, ends
+    made[:, 7] = np.where(pieces[source] > 1, first_part[source] + piece + 1, 0)
+    return made[np.argsort(made[:, 5] - made[:, 6], kind="stable")], merges
+
+
+def _numbered(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """[2, 3] -> ([0, 0, 1, 1, 1], [0, 1, 0, 1, 2]): whose each is, and which of its."""
+    source = np.repeat(np.arange(len(counts)), counts)
+    return source, np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
 def tile_library(pool: Tensor) -> ctypes.CDLL | None:
     """The CUDA library where it has this op for such a pool."""
     block_tokens, head_size = pool.shape[-2:]
@@ -207,11 +216,6 @@ def tile_library(pool: Tensor) -> ctypes.CDLL | None:
     if pool.device.type == "cuda" and torch.cuda.get_device_capability(pool.device) != (9, 0):
         return None
     return cuda_library(pool.device)
-
-
-def plan_tiles(query_starts: Sequence[int], context_lens: Sequence[int], exact: bool = False) -> TilePlan:
-    """The plan of one step for all its layers."""
-    return TilePlan(query_starts, context_lens, exact)
 
 
 def tile_prefill_attention(
