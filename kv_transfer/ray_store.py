@@ -136,20 +136,19 @@ class RayStoreTransport:
 
     def _write(self, piece: Piece, arrays: Sequence[Bytes], into: Sequence[BlockId], at: Sequence[int]) -> list[int]:
         """The piece's blocks at these positions into our pool. Gives the positions of those that are bad."""
-        if sum(map(len, arrays)) != len(piece.blocks) or len(piece.checksums) not in (0, len(piece.blocks)):
+        if not _is_whole(piece, arrays):
             return list(at)
         host = self._pool.host if isinstance(self._pool, BlockPool) else None
-        bad, first = [], 0
-        for array in arrays:
-            here = [i for i in at if first <= i < first + len(array)]
-            named, targets = [i - first for i in here], [into[i] for i in here]
+        bad = []
+        for positions, array in _placed(arrays):
+            here = [i for i in at if i in positions]
+            named, targets = [i - positions.start for i in here], [into[i] for i in here]
             if host is not None:
                 bad += copy_rows(piece, here, array, named, host, targets)
             elif here:
                 rows = array if len(here) == len(array) else array[named]
                 bad += bad_positions(piece, here, rows)
                 self._pool.scatter(targets, rows)
-            first += len(array)
         return bad
 
     def _pull_recut(self, piece: Piece, delivery: Delivery, into: Recut) -> int:
@@ -190,9 +189,14 @@ def _placed(arrays: Sequence[Bytes]) -> Iterator[tuple[range, Bytes]]:
         first += len(array)
 
 
+def _is_whole(piece: Piece, arrays: Sequence[Bytes]) -> bool:
+    """As many blocks came as the piece has, and each has a checksum or none."""
+    count = len(piece.blocks)
+    return sum(map(len, arrays)) == count and len(piece.checksums) in (0, count)
+
+
 def _bad_of(piece: Piece, arrays: Sequence[Bytes]) -> list[int]:
     """Positions of the piece's blocks that are not what it says; all of them where there are more or fewer."""
-    count = len(piece.blocks)
-    if sum(map(len, arrays)) != count or len(piece.checksums) not in (0, count):
-        return list(range(count))
+    if not _is_whole(piece, arrays):
+        return list(range(len(piece.blocks)))
     return [i for at, array in _placed(arrays) for i in bad_positions(piece, at, array)]
