@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from baton.core.errors import CorruptPiece, TransferFailed
-from baton.core.ids import BlockId, Epoch, SequenceId, TicketId, WorkerId
+from baton.core.ids import BlockId, Epoch, SequenceId, TicketId
 from baton.core.tickets import Geometry, Piece
 from baton.kv_transfer.inbox import Inbox
 from baton.kv_transfer.messages import Delivery, Returned
 from baton.kv_transfer.recut import Recut
 from baton.kv_transfer.transport import Transport
+
+from ..pieces import a_piece
 
 GEOMETRY = Geometry(num_layers=1, num_kv_heads=1, head_size=16, block_tokens=16, dtype="float32", fingerprint="any")
 BLOCKS, WAIT_S = 8, 60.0
@@ -48,19 +50,17 @@ def fresh_pool() -> torch.Tensor:
 
 
 def piece(indices: tuple[int, ...], last: bool = True) -> Piece:
-    return Piece(
-        ticket_id=TicketId("t"),
-        sequence_id=SequenceId("s/0"),
-        reader_epoch=Epoch(1),
-        source=WorkerId("P"),
-        source_epoch=Epoch(1),
-        source_inbox="P",
-        blocks=indices,
-        checksums=(),
-        geometry=GEOMETRY,
-        last=last,
-        first_token=4 if last else None,
-    )
+    return a_piece(GEOMETRY, indices, last=last, first_token=4 if last else None)
+
+
+def damaged_delivery(source: End, reader: End) -> Delivery:
+    """Blocks 1 and 2 of the source, full of sevens, under ticket t; the second does not have its checksum."""
+    source.pool[:] = 7
+    source.transport.offer(piece((0, 1)), ids(1, 2), reader.name).result(WAIT_S)
+    delivery = reader.next_delivery()
+    assert isinstance(delivery.message, Piece)
+    first, second = delivery.message.checksums
+    return Delivery(replace(delivery.message, checksums=(first, second ^ 1)), delivery.handles)
 
 
 def ids(*blocks: int) -> list[BlockId]:
@@ -114,14 +114,9 @@ class TransportContract(ABC):
 
     def test_a_wrong_checksum_fails_the_pull_and_touches_no_other_block(self, ends: tuple[End, End]) -> None:
         source, reader = ends
-        source.pool[:] = 7
-        source.transport.offer(piece((0, 1)), ids(1, 2), reader.name).result(WAIT_S)
-        delivery = reader.next_delivery()
-        assert isinstance(delivery.message, Piece)
-        first, second = delivery.message.checksums
-        damaged = replace(delivery.message, checksums=(first, second ^ 1))
+        delivery = damaged_delivery(source, reader)
         with pytest.raises(CorruptPiece):
-            reader.transport.pull(Delivery(damaged, delivery.handles), ids(1, 2)).result(WAIT_S)
+            reader.transport.pull(delivery, ids(1, 2)).result(WAIT_S)
         assert not bool(reader.pool[[0, 3, 4, 5, 6, 7]].any())
         source.transport.withdraw(TicketId("t"))
 
@@ -145,15 +140,10 @@ class TransportContract(ABC):
 
     def test_what_is_damaged_is_not_cut(self, ends: tuple[End, End]) -> None:
         source, reader = ends
-        source.pool[:] = 7
-        source.transport.offer(piece((0, 1)), ids(1, 2), reader.name).result(WAIT_S)
-        delivery = reader.next_delivery()
-        assert isinstance(delivery.message, Piece)
-        first, second = delivery.message.checksums
-        damaged = replace(delivery.message, checksums=(first, second ^ 1))
+        delivery = damaged_delivery(source, reader)
         into = Recut(replace(GEOMETRY, block_tokens=32), {0: BlockId(1)}, (range(32),))
         with pytest.raises(CorruptPiece):
-            reader.transport.pull(Delivery(damaged, delivery.handles), into).result(WAIT_S)
+            reader.transport.pull(delivery, into).result(WAIT_S)
         assert not bool(reader.pool.any())
         source.transport.withdraw(TicketId("t"))
 

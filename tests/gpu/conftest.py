@@ -1,13 +1,14 @@
 """Everything here runs on an NVIDIA GPU, with torch and nvcc alone: `tests/gpu/run.sh`."""
 
 import os
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from ..some_cases import keep_some
 
 VOCABULARY = 211
 TINY: dict[str, Any] = {
@@ -29,20 +30,13 @@ TINY: dict[str, Any] = {
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """SOME_CASES: run so many of each test alone."""
     here = Path(__file__).parent
-    some, cases = int(os.environ.get("SOME_CASES", "0")), Counter[str]()
-    left_out = []
-    for item in reversed(items):  # the largest are last
+    for item in items:
         if item.path.is_relative_to(here):
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
-            test = item.nodeid.split("[")[0]
-            cases[test] += 1
-            if some and cases[test] > some:
-                left_out.append(item)
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    if some := int(os.environ.get("SOME_CASES", "0")):
+        keep_some(config, items, some, lambda item: item.path.is_relative_to(here))
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.core.ids import Epoch, SequenceId, TicketId, WorkerId
-from baton.core.tickets import Geometry, Piece
+from baton.core.ids import TicketId
+from baton.core.tickets import Geometry
 from baton.kv_transfer.copying import checksums_of, copy_rows, runs
 from baton.kv_transfer.integrity import checksums
+
+from ...pieces import a_piece
 
 GEOMETRY = Geometry(num_layers=1, num_kv_heads=1, head_size=8, block_tokens=16, dtype="float32", fingerprint="any")
 BLOCKS = 9
@@ -46,14 +48,4 @@ def test_blocks_arrive_where_they_belong_and_bad_ones_are_named(
     assert np.array_equal(host, expected)
 
 
-PIECE = Piece(
-    ticket_id=TicketId("t"),
-    sequence_id=SequenceId("s/0"),
-    reader_epoch=Epoch(1),
-    source=WorkerId("P"),
-    source_epoch=Epoch(1),
-    source_inbox="P",
-    blocks=(),
-    checksums=(),
-    geometry=GEOMETRY,
-)
+PIECE = a_piece(GEOMETRY)

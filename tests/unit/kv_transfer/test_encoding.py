@@ -9,6 +9,8 @@ from baton.core.tickets import Geometry, Piece
 from baton.kv_transfer.encoding import MOST_BYTES, Damaged, Wire, decode, encode, length
 from baton.kv_transfer.messages import Hello, Returned
 
+from ...pieces import a_piece
+
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 TEXT = st.text(max_size=40)
 GEOMETRIES = st.builds(
@@ -113,14 +115,4 @@ def test_a_long_error_message_is_cut_between_characters() -> None:
 
 def _long(count: int, first: int = 0) -> Piece:
     geometry = Geometry(num_layers=1, num_kv_heads=1, head_size=1, block_tokens=1, dtype="float32", fingerprint="")
-    return Piece(
-        ticket_id=TicketId("t"),
-        sequence_id=SequenceId("s/0"),
-        reader_epoch=Epoch(1),
-        source=WorkerId("P"),
-        source_epoch=Epoch(1),
-        source_inbox="P",
-        blocks=(first, *range(1, count)),
-        checksums=(),
-        geometry=geometry,
-    )
+    return a_piece(geometry, (first, *range(1, count)))

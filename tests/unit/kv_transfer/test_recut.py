@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from baton.core.errors import CorruptPiece
-from baton.core.ids import BlockId, Epoch, SequenceId, TicketId, WorkerId
-from baton.core.tickets import Piece
+from baton.core.ids import BlockId
 from baton.kv_transfer.integrity import Bytes
 from baton.kv_transfer.pool import BlockPool, Blocks
 from baton.kv_transfer.rank_pools import RankPools, whole_blocks
 from baton.kv_transfer.recut import Recut, write_recut
 
+from ...pieces import a_piece
 from .shapes import CANARY, DTYPES, a_side, canary_pools, same_bits, write_by_token
 
 SOURCE = a_side(1, 2, block_tokens=16)
@@ -39,20 +39,6 @@ class Elsewhere:
         self._pool.scatter(blocks, source)
 
 
-def a_piece(*indices: int) -> Piece:
-    return Piece(
-        ticket_id=TicketId("t"),
-        sequence_id=SequenceId("s/0"),
-        reader_epoch=Epoch(1),
-        source=WorkerId("P"),
-        source_epoch=Epoch(1),
-        source_inbox="P",
-        blocks=indices,
-        checksums=(),
-        geometry=SOURCE.geometry,
-    )
-
-
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_tokens_land_in_every_rank_and_nothing_else_changes(tp: int, elsewhere: bool) -> None:
@@ -70,7 +56,7 @@ def test_tokens_land_in_every_rank_and_nothing_else_changes(tp: int, elsewhere: 
     into = Recut(reader.geometry, table, (range(20, 64), range(80, 100)))
     target = Elsewhere(pool) if elsewhere else pool
     for at in (range(1, 4), range(5, 7)):  # the fifth block is in nobody's range
-        write_recut(target, a_piece(*range(7)), at, rows[at.start : at.stop], into)
+        write_recut(target, a_piece(SOURCE.geometry, range(7)), at, rows[at.start : at.stop], into)
     assert all(same_bits(one, other) for one, other in zip(pools, expected, strict=True))
 
 
@@ -81,11 +67,11 @@ def test_what_is_no_block_of_the_pieces_geometry_is_refused_and_nothing_is_writt
     good = SOURCE.geometry.block_bytes
     for rows in (np.zeros((1, good // 2), np.uint8), np.zeros((1, 2 * good), np.uint8), np.zeros((2, good), np.uint8)):
         with pytest.raises(CorruptPiece):
-            write_recut(pool, a_piece(0), range(1), rows, into)
+            write_recut(pool, a_piece(SOURCE.geometry, (0,)), range(1), rows, into)
     with pytest.raises(CorruptPiece):
         write_recut(
             pool,
-            replace(a_piece(0), geometry=replace(SOURCE.geometry, block_tokens=48)),
+            a_piece(replace(SOURCE.geometry, block_tokens=48), (0,)),
             range(1),
             np.zeros((1, good), np.uint8),
             into,
