@@ -123,24 +123,14 @@ class Bench:
         """(seconds, ms of each step, ms of each gap)."""
         batch = self._batch(count, prompt, answer, step_tokens)
         torch.cuda.synchronize()
-        began, times = time.perf_counter(), []
-        while (result := batch.step(time.perf_counter())) is not None:
-            times += result.device
+        began = time.perf_counter()
+        steps, gaps = run_out(self._engine, batch)
         torch.cuda.synchronize()
-        took = time.perf_counter() - began
-        self._engine.ledger.check()
-        self._engine.ledger.drop_cached()
-        return took, [one.busy_s * 1e3 for one in times], [one.idle_s * 1e3 for one in times]
+        return time.perf_counter() - began, steps, gaps
 
     def _batch(self, count: int, prompt: int, answer: int, step_tokens: int) -> ContinuousBatch:
-        batch = ContinuousBatch(self._engine, policy("fcfs"), step_tokens=step_tokens)
-        numbers = torch.Generator().manual_seed(count + self._count)
-        vocabulary = self._engine.config.vocab_size
-        for _ in range(count):
-            self._count += 1
-            ids = tuple(torch.randint(0, vocabulary, (prompt,), generator=numbers).tolist())
-            seq = Sequence(SequenceId(f"r/{self._count}"), ids, Sampling(max_tokens=answer, temperature=0.0))
-            batch.add(seq)
+        batch = batch_of(self._engine, count, prompt, answer, step_tokens, self._count)
+        self._count += count
         return batch
 
     def decode_floor_s(self, sequences: float, context: float) -> float:
@@ -235,6 +225,27 @@ class Bench:
         return Row(name, figure, unit, to_rival, of_floor, sum(gaps) / 1e3 / took)
 
 
+def batch_of(engine: Engine, count: int, prompt: int, answer: int, step_tokens: int, before: int) -> ContinuousBatch:
+    """With so many sequences of random tokens, greedy, no two alike. before: others that have come; they differ too."""
+    batch = ContinuousBatch(engine, policy("fcfs"), step_tokens=step_tokens)
+    numbers = torch.Generator().manual_seed(count + before)
+    for at in range(count):
+        ids = tuple(torch.randint(0, engine.config.vocab_size, (prompt,), generator=numbers).tolist())
+        sampling = Sampling(max_tokens=answer, temperature=0.0)
+        batch.add(Sequence(SequenceId(f"r/{before + at}"), ids, sampling))
+    return batch
+
+
+def run_out(engine: Engine, batch: ContinuousBatch) -> tuple[list[float], list[float]]:
+    """Until all have ended: (ms of each step, ms of each gap). Nothing of it stays in the prefix cache."""
+    times: list[DeviceTime] = []
+    while (result := batch.step(time.perf_counter())) is not None:
+        times += result.device
+    engine.ledger.check()
+    engine.ledger.drop_cached()
+    return [one.busy_s * 1e3 for one in times], [one.idle_s * 1e3 for one in times]
+
+
 def engine_bytes(config: ModelConfig) -> tuple[int, int]:
     """(bytes of all weights that a step reads, of one token's KV), bfloat16."""
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_size
@@ -265,14 +276,18 @@ def config_of(shape: dict[str, object]) -> ModelConfig:
         return ModelConfig.from_dir(Path(folder))
 
 
+def geometry_of(config: ModelConfig) -> Geometry:
+    return Geometry(
+        num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_size=config.head_size, block_tokens=16,
+        dtype="bfloat16", fingerprint="random",
+    )  # fmt: skip
+
+
 def build_engine(
     shape: dict[str, object], device: torch.device, max_batch: int, kv_bytes: int, exact: bool = False
 ) -> Engine:
     config = config_of(shape)
-    geometry = Geometry(
-        num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_size=config.head_size, block_tokens=16,
-        dtype="bfloat16", fingerprint="random",
-    )  # fmt: skip
+    geometry = geometry_of(config)
     with torch.inference_mode():
         model = random_model(config, device, torch.bfloat16, 8192, exact=exact)
         return Engine(model, KvCache(kv_bytes // geometry.block_bytes, geometry, device), 8192, max_batch)

@@ -26,11 +26,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from baton.core.ids import SequenceId
-from baton.core.request import Sampling
-from baton.core.tickets import Geometry
-from baton.engine.continuous_batch import ContinuousBatch
-from baton.engine.device_clock import DeviceTime
 from baton.engine.engine import Engine
 from baton.engine.kv_cache import KvCache
 from baton.engine.loading import RankPart
@@ -43,12 +38,10 @@ from baton.engine.parallel.peers import Peers
 from baton.engine.parallel.peers import add_rms_norm as sum_and_norm
 from baton.engine.parallel.plan_channel import PlanReader, PlanWriter
 from baton.engine.parallel.rendezvous import Rendezvous
-from baton.engine.policies import policy
-from baton.engine.sequence import Sequence
 from baton.kernels import peer_sum
 from baton.kernels.norm import add_rms_norm
 
-from .gpu_engine import SHAPE_8B, config_of, engine_bytes, random_model
+from .gpu_engine import SHAPE_8B, batch_of, config_of, engine_bytes, geometry_of, random_model, run_out
 from .kernels import Table, probe
 
 GIB = 1 << 30
@@ -186,17 +179,7 @@ class Row:
 
 def answer(engine: Engine, count: int, prompt: int, new: int) -> tuple[list[float], list[float]]:
     """(ms of each step, ms of each gap)."""
-    batch = ContinuousBatch(engine, policy("fcfs"), step_tokens=8192)
-    numbers = torch.Generator().manual_seed(count + new)
-    for at in range(count):
-        ids = tuple(torch.randint(0, engine.config.vocab_size, (prompt,), generator=numbers).tolist())
-        batch.add(Sequence(SequenceId(f"{count}/{new}/{at}"), ids, Sampling(max_tokens=new, temperature=0.0)))
-    times: list[DeviceTime] = []
-    while (result := batch.step(time.perf_counter())) is not None:
-        times += result.device
-    engine.ledger.check()
-    engine.ledger.drop_cached()
-    return [one.busy_s * 1e3 for one in times], [one.idle_s * 1e3 for one in times]
+    return run_out(engine, batch_of(engine, count, prompt, new, 8192, before=new))
 
 
 def measure(engine: Engine, reads: float, batches: tuple[int, ...]) -> list[Row]:
@@ -226,10 +209,7 @@ def profile(engine: Engine) -> str:
 def rank_part(communicator: Communicator, device: torch.device) -> RankPart:
     config = config_of(SHAPE_8B)
     heads = Shard(communicator.rank, communicator.size).kv_heads(config.num_kv_heads)
-    geometry = Geometry(
-        num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_size=config.head_size, block_tokens=16,
-        dtype="bfloat16", fingerprint="random",
-    )  # fmt: skip
+    geometry = geometry_of(config)
     num_blocks = KV_BYTES // (geometry.block_bytes // communicator.size)
     with torch.inference_mode():
         model = random_model(config, device, torch.bfloat16, POSITIONS, communicator)
